@@ -1,0 +1,1 @@
+"""Megatron shards to an engine's weights: plan, buckets, transports, verification."""
