@@ -1,0 +1,1 @@
+"""Devices, process groups, logging, metrics and faults."""
