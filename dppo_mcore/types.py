@@ -112,7 +112,7 @@ class Rollout:
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     weight_versions: tuple[tuple[int, int, int], ...] = ()
-    """(weight version, first token, one past its last token), several when an answer was carried on under new weights."""
+    """(weight version, first token, one past its last token), several for an answer carried on under new weights."""
 
 
 @dataclass(frozen=True, slots=True)

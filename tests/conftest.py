@@ -28,7 +28,11 @@ import pytest  # noqa: E402
 from tests.support.rank_pool import RankPool  # noqa: E402
 
 torch.set_num_threads(1)
-pytest_plugins = [f"tests.support.{path.stem}" for path in sorted((ROOT / "tests" / "support").glob("*_fixtures.py"))]
+pytest_plugins = [
+    f"tests.support.{path.stem}"
+    for path in sorted((ROOT / "tests" / "support").glob("*.py"))
+    if path.stem == "sglang_server" or path.stem.endswith("_fixtures")
+]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -89,7 +89,7 @@ def make(
     dtype: str = "float32",
     legacy_config: bool = False,
 ) -> Path:
-    """Write the checkpoint to `out` and return its path; `legacy_config` writes config.json as older releases had it."""
+    """Write the checkpoint to `out` and return its path; `legacy_config` writes an older config.json."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
