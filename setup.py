@@ -38,7 +38,7 @@ setup(
     description="Deliberate Practice Policy Optimization for Qwen2.5-VL on Megatron-Core",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dppo_mcore", "dppo_mcore.*"]), *find_packages("kernels")],
+    packages=[*find_packages(include=["dppo_mcore", "dppo_mcore.*"]), "dppo_kernels"],
     package_dir={"dppo_kernels": "kernels/dppo_kernels"},
     package_data={"dppo_mcore": ["**/*.yaml", "**/*.html", "**/*.css", "**/*.js", "**/*.jinja"]},
     install_requires=BASE,

@@ -1,0 +1,153 @@
+"""Configuration: flags beat the file, round trip, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dppo_mcore import config_checks
+from dppo_mcore.config_loading import ConfigError, load, override, to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"model_type": "qwen2_5_vl", "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 8,
+         "intermediate_size": 256, "hidden_size": 128, "vocab_size": 1024}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory that the checks accept as a checkpoint."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "text_config": SIZES}))
+    (tmp_path / "pool.jsonl").write_text("")
+    return directory
+
+
+def parse(model: Path, world: int, *flags: str) -> None:
+    """Load and check as the trainer does."""
+    base = ["--model", str(model), "--data", str(model.parent / "pool.jsonl"), "--run", str(model.parent / "run")]
+    config_checks.check(load([*base, *flags], prog="train"), world)
+
+
+def test_a_right_configuration_passes(model: Path) -> None:
+    parse(model, 8, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")
+
+
+# world size, flags, the field that the one line must begin with
+WRONG: list[tuple[int, list[str], str]] = [
+    (1, ["--tensor-model-parallel-size", "2"], "tensor_model_parallel_size"),
+    (6, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"], "tensor_model_parallel_size"),
+    (8, ["--tensor-model-parallel-size", "8"], "tensor_model_parallel_size"),
+    (3, ["--tensor-model-parallel-size", "3"], "tensor_model_parallel_size"),
+    (3, ["--pipeline-model-parallel-size", "3"], "pipeline_model_parallel_size"),
+    (4, ["--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "3"],
+     "virtual_pipeline_model_parallel_size"),
+    (1, ["--virtual-pipeline-model-parallel-size", "2"], "virtual_pipeline_model_parallel_size"),
+    (2, ["--context-parallel-size", "2"], "context_parallel_size"),
+    (1, ["--sequence-parallel"], "sequence_parallel"),
+    (2, ["--pipeline-model-parallel-size", "2", "--num-layers-in-first-pipeline-stage", "0"],
+     "num_layers_in_first_pipeline_stage"),
+    (1, ["--tensor-model-paralel-size", "2"], "--tensor-model-paralel-size"),
+    (1, ["--seed", "x"], "--seed"),
+    (1, ["--mode", "ppo"], "--mode"),
+    (1, ["--optimizer", "sgd"], "--optimizer"),
+    (1, ["--freeze-vision", "maybe"], "--freeze-vision"),
+    (1, ["--model", "/does/not/exist"], "model"),
+    (1, ["--data", "/does/not/exist.jsonl"], "data"),
+    (1, ["--teacher-file", "/does/not/exist.jsonl"], "teacher_file"),
+    (1, ["--run", "/dev/null"], "run"),
+    (1, ["--temperature", "0"], "temperature"),
+    (1, ["--top-p", "1.5"], "top_p"),
+    (1, ["--group-size", "1"], "group_size"),
+    (8, ["--global-batch-size", "4"], "global_batch_size"),
+    (8, ["--prompts-per-step", "4"], "prompts_per_step"),
+    (1, ["--updates-per-batch", "5"], "updates_per_batch"),
+    (1, ["--mix-weak", "0.9"], "mix_weak"),
+    (1, ["--max-frames", "7"], "max_frames"),
+    (1, ["--dual-clip", "0.5"], "dual_clip"),
+    (1, ["--horizons", "32", "-1"], "horizons"),
+    (1, ["--max-tokens-per-micro-batch", "100"], "max_tokens_per_micro_batch"),
+    (1, ["--rl-min-steps", "900"], "rl_min_steps"),
+    (1, ["--teacher-url", "ftp://x"], "teacher_url"),
+    (1, ["--rollout-url", "http://127.0.0.1:1"], "rollout_url"),
+    (1, ["--mode", "sft-only"], "base_data"),
+    (1, ["--config", "/does/not/exist.yaml"], "--config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "flags", "field"), WRONG, ids=[f"{row[2]}-{i}" for i, row in enumerate(WRONG)])
+def test_a_wrong_configuration_gives_one_line_that_names_the_field(
+    model: Path, world: int, flags: list[str], field: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(model, world, *flags)
+    message = str(caught.value)
+    assert message.startswith(field), message
+    assert "\n" not in message and len(message) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("tensor_model_paralel_size: 2", "did you mean tensor_model_parallel_size?"),
+        ("seed: [1", "line"),
+        ("- 1", "mapping"),
+        ("seed: true", "seed: True is not of type int"),
+        ("freeze_vision: 3", "freeze_vision: 3 is not of type bool"),
+        ("parallel: {seed: 1}\nseed: 2", "given twice"),
+        ("seed: {a: 1}", "seed"),
+    ],
+)
+def test_a_wrong_file_gives_one_line_that_names_file_and_key(tmp_path: Path, content: str, part: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load(["--config", str(file)], prog="train")
+    assert str(file) in str(caught.value) and part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load(["--config", str(file)], prog="train")
+
+
+def test_a_flag_beats_the_file_and_the_resolved_file_gives_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "seed: 5\nparallel:\n  sequence-parallel: true\nhorizons: [8, 16]\ntis_cap: null\nstop: ['</answer>']\n"
+    )
+    config = load(["--config", str(file), "--seed", "7"], prog="train")
+    assert (config.run.seed, config.parallel.sequence_parallel, config.practice.horizons) == (7, True, (8.0, 16.0))
+    assert config.rollout.stop == ("</answer>",)
+    again = tmp_path / "b.yaml"
+    again.write_text(to_yaml(config))
+    assert load(["--config", str(again)], prog="train") == config
+    assert override(config, seed=1, rl_lr=1.0).rl.rl_lr == 1.0
+
+
+def test_help_needs_no_heavy_package_and_is_quick(tmp_path: Path) -> None:
+    for name in ("torch", "megatron", "nvidia", "sglang", "transformers", "triton", "av"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('must not be imported')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "dppo_mcore.train", "--help"], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "--tensor-model-parallel-size" in ended.stdout
+    assert time.monotonic() - began < 20  # the bar of 2 s is measured on a quiet machine, not asserted
+
+
+def test_importing_the_package_opens_no_cuda_context() -> None:
+    code = "import dppo_mcore, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
