@@ -16,9 +16,10 @@ import tyro
 import yaml
 
 from dppo_mcore.config import Config
+from dppo_mcore.runtime.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A wrong configuration; the message is one line that names the field."""
 
 
