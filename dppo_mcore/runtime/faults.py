@@ -25,7 +25,7 @@ _terminate = threading.Event()
 _store: object | None = None
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved; it ends with exit code 0."""
 
 

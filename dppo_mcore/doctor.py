@@ -1,0 +1,197 @@
+"""What this machine can do: `python -m dppo_mcore.doctor [--json]`. Exit code 1 when training can't run.
+
+Each check says what is there, what its absence costs, and how to get it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "missing", "broken"]
+WANTED_OPEN_FILES = 65536
+WANTED_SHM_GIB = 8
+WANTED_DISK_GIB = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: State
+    detail: str
+    cost: str = ""
+    """What is lost without it."""
+    remedy: str = ""
+    """How to get it."""
+    required: bool = False
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(package: str, cost: str, remedy: str, required: bool = False, module: str = "") -> Finding:
+    """Installed and importable in a process of its own, so that a crash there is a finding and not the end."""
+    version = _version(package)
+    if version is None:
+        return Finding(package, "missing", "not installed", cost, remedy, required)
+    probe = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {module or package.replace('-', '_')}"],
+        capture_output=True,
+        text=True,
+    )
+    if probe.returncode:
+        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
+        return Finding(package, "broken", f"{version} does not import: {reason}", cost, remedy, required)
+    return Finding(package, "ok", version)
+
+
+def gpu() -> Finding:
+    """CUDA devices as torch sees them."""
+    cost, remedy = "runs on the CPU: right, but only for tiny models", "start the container with --gpus all"
+    try:
+        import torch
+    except ImportError:
+        return Finding("gpu", "missing", "torch is missing", cost, "make setup")
+    if not torch.cuda.is_available():
+        return Finding("gpu", "missing", "no CUDA device", cost, remedy)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding("gpu", "ok", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}")
+
+
+def driver() -> Finding:
+    """The NVIDIA driver."""
+    if shutil.which("nvidia-smi") is None:
+        return Finding("driver", "missing", "no nvidia-smi", "no GPU training", "install the NVIDIA driver")
+    probe = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    if probe.returncode:
+        return Finding("driver", "broken", probe.stdout.strip() or probe.stderr.strip(), "no GPU training", "see dmesg")
+    return Finding("driver", "ok", probe.stdout.split()[0])
+
+
+def nccl() -> Finding:
+    """Collectives between GPUs; gloo serves the CPU."""
+    import torch.distributed as dist
+
+    if dist.is_nccl_available():
+        import torch
+
+        return Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    return Finding("nccl", "missing", "torch was built without it; gloo is used", "no multi-GPU", "use an NGC image")
+
+
+def dali_codecs() -> Finding:
+    """Which codecs DALI decodes on which device."""
+    finding = _package("nvidia-dali-cuda130", "video is decoded by PyAV on the CPU", "make setup", module="nvidia.dali")
+    if finding.state != "ok":
+        return finding
+    where = "GPU: h264, hevc, av1, vp8, vp9, mjpeg, mpeg4; " if gpu().state == "ok" else "GPU: none here; "
+    return Finding("dali", "ok", f"{finding.detail}; {where}CPU: vp8, vp9, mjpeg")
+
+
+def sglang() -> Finding:
+    """SGLang here or in the environment made for it."""
+    cost, remedy = "rollouts by the in-process engine only", "make setup-sglang"
+    if (version := _version("sglang")) is not None:
+        return Finding("sglang", "ok", version)
+    apart = Path(".venv-sglang/bin/python")
+    if not apart.exists():
+        return Finding("sglang", "missing", "not here and no .venv-sglang", cost, remedy)
+    probe = subprocess.run(
+        [apart, "-c", "import importlib.metadata as m; print(m.version('sglang'))"], capture_output=True, text=True
+    )
+    if probe.returncode:
+        return Finding("sglang", "broken", ".venv-sglang has no sglang", cost, remedy)
+    return Finding("sglang", "ok", f"{probe.stdout.strip()} in .venv-sglang")
+
+
+def shared_memory() -> Finding:
+    """Room for media embeddings and weight buckets between processes."""
+    size = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").exists() else 0.0
+    if size < WANTED_SHM_GIB:
+        return Finding("shared memory", "missing", f"{size:.1f} GiB", "weights and embeddings go by disk",
+                       f"docker run --shm-size={WANTED_SHM_GIB}g, or --ipc=host")  # fmt: skip
+    return Finding("shared memory", "ok", f"{size:.1f} GiB")
+
+
+def open_files() -> Finding:
+    """The limit on open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < WANTED_OPEN_FILES and hard < WANTED_OPEN_FILES:
+        return Finding("open files", "missing", f"limit {soft}", "many ranks or workers run into it",
+                       f"ulimit -n {WANTED_OPEN_FILES}")  # fmt: skip
+    return Finding("open files", "ok", f"limit {soft}, can be raised to {hard}")
+
+
+def disk() -> Finding:
+    """Free space for the run folder."""
+    free = shutil.disk_usage(os.getcwd()).free / 2**30
+    if free < WANTED_DISK_GIB:
+        return Finding(
+            "disk", "missing", f"{free:.0f} GiB free", "checkpoints may not fit", "free some space, or --save"
+        )
+    return Finding("disk", "ok", f"{free:.0f} GiB free")
+
+
+def checks() -> list[Callable[[], Finding]]:
+    """All checks, in the order they are shown."""
+    own, image = "make setup", "use an NGC PyTorch image, or pip install '.[gpu]'"
+    return [
+        lambda: _package("torch", "nothing runs", own, required=True),
+        lambda: _package("megatron-core", "nothing runs", own, required=True, module="megatron.core"),
+        lambda: _package("transformers", "no tokenizer, no training", own, required=True),
+        lambda: _package("triton", "no Triton kernels: the torch reference is used", own),
+        lambda: _package("safetensors", "checkpoints can't be read", own, required=True),
+        lambda: _package("av", "no PyAV decoding", own, required=True),
+        gpu,
+        driver,
+        nccl,
+        lambda: _package("transformer-engine", "local layers instead of fused ones", image),
+        lambda: _package("apex", "torch's optimizer instead of the fused one", "use an NGC PyTorch image"),
+        lambda: _package("flash-attn", "FlexAttention or SDPA instead", "use an NGC PyTorch image"),
+        sglang,
+        lambda: _package("vllm", "no vLLM engine", "an environment of its own with vllm, given by --rollout-url"),
+        dali_codecs,
+        shared_memory,
+        open_files,
+        disk,
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m dppo_mcore.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    arguments = parser.parse_args()
+    findings = [check() for check in checks()]
+    able = all(finding.state == "ok" for finding in findings if finding.required)
+    if arguments.json:
+        print(json.dumps({"can_train": able, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.state:8} {finding.name:22} {finding.detail}")
+            if finding.state != "ok":
+                print(f"{'':31} without it: {finding.cost}; to get it: {finding.remedy}")
+        print("training can run here" if able else "training can NOT run here")
+    raise SystemExit(0 if able else 1)
+
+
+if __name__ == "__main__":
+    main()
