@@ -1,0 +1,249 @@
+"""The chunked walk over a vocabulary head that both log-prob ops share.
+
+Valid rows are compacted first, then taken in chunks whose logits fit the workspace. A chunk always has a multiple of
+128 rows (the last one is padded with zero rows): a row's value then does not depend on which rows surround it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dppo_kernels import products
+from dppo_kernels.head_rows import RowStats
+from dppo_kernels.vocab import VocabShard
+
+ROW_QUANTUM = 128
+FIXED_BYTES = 12 << 20
+"""Set aside from the workspace for row tiles and widened slabs."""
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `first .. first + rows` of the compacted input; tensors are padded to whole quanta."""
+
+    first: int
+    rows: int
+    hidden_CH: Tensor
+    targets_C: Tensor
+    logits_CV: Tensor
+
+    @property
+    def here(self) -> slice:
+        return slice(self.first, self.first + self.rows)
+
+
+class Head:
+    """One call's view of hidden states, weight and targets, with its scratch memory."""
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        rows_n: Tensor | None,
+        shard: VocabShard,
+        temperature: float,
+        workspace_mib: float,
+        versions: ModuleType,
+    ) -> None:
+        self.hidden_NH, self.rows_n, self.shard = hidden_NH, rows_n, shard
+        self.weight_VH = weight_VH[: shard.columns]
+        self.scale = 1.0 / temperature
+        self.versions = versions
+        self.targets_n = (targets_N if rows_n is None else targets_N.index_select(0, rows_n)).to(torch.int64)
+        self.count = self.targets_n.shape[0]
+        self.dtype = products.accumulator(hidden_NH.dtype)
+        self.limit = self._chunk_rows(workspace_mib)
+        self._buffers: dict[str, Tensor] = {}
+
+    def _chunk_rows(self, workspace_mib: float) -> int:
+        wide, narrow = self.dtype.itemsize, self.hidden_NH.dtype.itemsize
+        width = self.hidden_NH.shape[1]
+        per_row = wide * (_padded(self.weight_VH.shape[0]) + width + 8 * self.shard.world) + 2 * narrow * width
+        budget = workspace_mib * 2**20
+        budget = max(budget - FIXED_BYTES, budget / 2)
+        return max(1, int(budget / per_row / ROW_QUANTUM)) * ROW_QUANTUM
+
+    def spans(self) -> list[Span]:
+        """Chunks of about equal size; one (empty) chunk where no row is valid, so that ranks of a group stay in step."""
+        pieces = max(1, -(-self.count // self.limit))
+        size = _quantum(-(-self.count // pieces))
+        return [(a, min(a + size, self.count)) for a in range(0, max(1, self.count), max(1, size))]
+
+    def logits(self, span: Span) -> Chunk:
+        """Gather a chunk's rows and multiply them with the weight."""
+        first, rows = span[0], span[1] - span[0]
+        padded = _quantum(max(1, rows))
+        width = self.hidden_NH.shape[1]
+        if self.rows_n is None and padded == rows and self.hidden_NH.stride(1) == 1:
+            hidden_CH = self.hidden_NH[first : first + rows]
+        else:
+            hidden_CH = self._buffer("hidden", padded, width, self.hidden_NH.dtype)
+            if self.rows_n is None:
+                hidden_CH[:rows].copy_(self.hidden_NH[first : first + rows])
+            else:
+                torch.index_select(self.hidden_NH, 0, self.rows_n[first : first + rows], out=hidden_CH[:rows])
+            hidden_CH[rows:].zero_()
+        targets_C = torch.full((padded,), -1, dtype=torch.int64, device=self.targets_n.device)
+        targets_C[:rows] = self.targets_n[first : first + rows]
+        columns = self.weight_VH.shape[0]
+        logits_CV = self._buffer("logits", padded, _padded(columns), self.dtype)[:, :columns]
+        products.logits_into(logits_CV, hidden_CH, self.weight_VH)
+        return Chunk(first, rows, hidden_CH, targets_C, logits_CV)
+
+    def stats(self, chunk: Chunk, entropy: bool, keep: bool) -> tuple[RowStats, Tensor]:
+        """Statistics of a chunk over all ranks, and this rank's own row maxima (padding rows included)."""
+        mine_4C = self.versions.chunk_stats(chunk.logits_CV, chunk.targets_C, self.shard, self.scale, entropy, keep)
+        return self.versions.combine(self.shard.gather(mine_4C)), mine_4C[0]
+
+    def backward(
+        self,
+        chunk: Chunk,
+        stats: RowStats,
+        grad_logprob: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_hidden_NH: Tensor | None,
+        weight_grad: WeightGrad | None,
+        kept_max_C: Tensor | None = None,
+    ) -> None:
+        """From gradients of a chunk's rows to those of hidden states and weight; stats may lack the padding rows."""
+        padded = chunk.targets_C.shape[0]
+        dlogits_CV = self.versions.chunk_grads(
+            chunk.logits_CV,
+            chunk.targets_C,
+            self.shard,
+            self.scale,
+            stats if stats.sum_C.shape[0] == padded else _pad_stats(stats, padded),
+            _pad(grad_logprob, padded),
+            _pad(grad_entropy, padded),
+            kept_max_C,
+            self.weight_VH.dtype,
+        )
+        pending = None
+        if grad_hidden_NH is not None:
+            grad_CH = self._buffer("grad_hidden", padded, self.hidden_NH.shape[1], self.dtype)
+            products.hidden_grad_into(grad_CH, dlogits_CV, self.weight_VH)
+            if self.shard.group is not None:
+                pending = dist.all_reduce(grad_CH, group=self.shard.group, async_op=True)
+        if weight_grad is not None:
+            weight_grad.add(dlogits_CV, chunk.hidden_CH)
+        if grad_hidden_NH is not None:
+            if pending is not None:
+                pending.wait()
+            if self.rows_n is None:
+                grad_hidden_NH[chunk.here].copy_(grad_CH[: chunk.rows])
+            else:
+                grad_hidden_NH.index_copy_(0, self.rows_n[chunk.here], grad_CH[: chunk.rows].to(grad_hidden_NH.dtype))
+
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Scratch of the largest chunk, made once."""
+        held = self._buffers.get(name)
+        if held is None or held.shape[0] < rows:
+            most = max(rows, min(self.limit, _quantum(max(1, self.count))))
+            held = self._buffers[name] = torch.empty(most, width, dtype=dtype, device=self.hidden_NH.device)
+        return held[:rows]
+
+
+class WeightGrad:
+    """The weight's gradient, summed over chunks in fp32: into a buffer of its own, or right into `main_grad`."""
+
+    def __init__(self, weight_VH: Tensor, columns: int, into: Tensor | None = None) -> None:
+        self._started = into is not None
+        if into is None:
+            into = torch.empty(weight_VH.shape, dtype=products.accumulator(weight_VH.dtype), device=weight_VH.device)
+            into[columns:].zero_()
+        self.sum_VH = into
+        self._columns = columns
+
+    def add(self, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+        """Add a chunk's share."""
+        products.weight_grad_into(self.sum_VH[: self._columns], dlogits_CV, hidden_CH, add=self._started)
+        self._started = True
+
+
+def deliver(weight_VH: Tensor, sum_VH: Tensor, factor: Tensor | None) -> Tensor | None:
+    """Hand over a finished weight gradient, times `factor`: to `main_grad` where the weight has one, else to autograd.
+
+    With `main_grad` the gradient autograd sees is zero, there only so that hooks on the parameter still run.
+    """
+    main_grad = getattr(weight_VH, "main_grad", None)
+    if main_grad is None:
+        return (sum_VH if factor is None else sum_VH.mul_(factor)).to(weight_VH.dtype)
+    if sum_VH is not main_grad:
+        if factor is not None and main_grad.dtype == sum_VH.dtype:
+            torch.addcmul(main_grad, sum_VH, factor.to(sum_VH.dtype), out=main_grad)
+        else:
+            main_grad.add_(sum_VH if factor is None else sum_VH.mul_(factor))
+    if not hasattr(weight_VH, "grad_added_to_main_grad"):
+        return None
+    weight_VH.grad_added_to_main_grad = True
+    return torch.zeros_like(weight_VH)
+
+
+def accumulates_directly(weight_VH: Tensor) -> bool:
+    """Whether the weight has a `main_grad` wide enough to sum into."""
+    main_grad = getattr(weight_VH, "main_grad", None)
+    return main_grad is not None and main_grad.dtype == products.accumulator(weight_VH.dtype)
+
+
+def valid_rows(valid_N: Tensor) -> Tensor | None:
+    """Indices of the valid rows, None when all are."""
+    rows_n = valid_N.nonzero()[:, 0]
+    return None if rows_n.shape[0] == valid_N.shape[0] else rows_n
+
+
+def versions(backend: str) -> ModuleType:
+    """The module that holds the row kernels of a backend."""
+    if backend == "torch":
+        from dppo_kernels import head_rows
+
+        return head_rows
+    from dppo_kernels import head_rows_triton
+
+    return head_rows_triton
+
+
+def check_inputs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, temperature: float) -> None:
+    """Shapes and types, one line each."""
+    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden_NH.shape)} and weight {tuple(weight_VH.shape)}: expected [N, H] and [V, H] of one H"
+        )
+    if targets_N.shape != hidden_NH.shape[:1]:
+        raise ValueError(f"targets {tuple(targets_N.shape)}: expected [{hidden_NH.shape[0]}], one id per hidden row")
+    if targets_N.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets are {targets_N.dtype}: expected int32 or int64 ids")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: it must be positive")
+
+
+def _quantum(rows: int) -> int:
+    return -(-rows // ROW_QUANTUM) * ROW_QUANTUM
+
+
+def _padded(columns: int) -> int:
+    """Row pitch of the logits: whole 64-byte lines, so that rows stay aligned for odd vocabularies."""
+    return -(-max(1, columns) // 16) * 16
+
+
+def _pad(values: Tensor | None, rows: int) -> Tensor | None:
+    if values is None or values.shape[0] == rows:
+        return values
+    return torch.nn.functional.pad(values, (0, rows - values.shape[0]))
+
+
+def _pad_stats(stats: RowStats, rows: int) -> RowStats:
+    extra = (0, rows - stats.sum_C.shape[0])
+    pad = torch.nn.functional.pad
+    return RowStats(
+        pad(stats.max_C, extra),
+        pad(stats.sum_C, extra, value=1.0),
+        pad(stats.logprob_C, extra),
+        pad(stats.entropy_C, extra),
+    )
