@@ -1,0 +1,1 @@
+"""A procedural tabletop: real video files, exact ground truth, six objectives, nine dimensions."""
