@@ -70,8 +70,8 @@ def _row(identity: str, question: Question, clip: str | None, level: str, source
         "id": identity,
         "objective": kind.objective,
         "dimension": kind.dimension,
-        "media": [{"kind": "video", "path": clip}] if clip else [],
-        "conversation": [{"role": "user", "content": marker + question.text}],
+        "media": [{"type": "video", "path": clip}] if clip else [],
+        "messages": [{"role": "user", "content": marker + question.text}],
         "gold": question.gold,
         "extras": {**question.extras, "kind": question.kind, "level": level},
         "source": source,
@@ -79,7 +79,7 @@ def _row(identity: str, question: Question, clip: str | None, level: str, source
 
 
 def _with_answer(row: dict[str, Any], answer: str) -> dict[str, Any]:
-    return {**row, "conversation": [*row["conversation"], {"role": "assistant", "content": answer}]}
+    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
 
 
 def _kinds(rng: np.random.Generator, count: int, withheld: bool) -> list[str]:
@@ -110,7 +110,7 @@ def base_rows(clips: list[tuple[Scene, str]], options: WorldOptions, rng: np.ran
             turns.append({"role": "user", "content": marker + question.text})
             turns.append({"role": "assistant", "content": answer})
         row = _row(f"base-{number:05d}", asked[-1], clip, scene.level, "tabletop-base")
-        yield {**row, "conversation": turns}
+        yield {**row, "messages": turns}
 
 
 def question_rows(clips: list[tuple[Scene, str]], options: WorldOptions, rng: np.random.Generator, split: Split) -> (

@@ -13,7 +13,7 @@ from examples.tabletop.scene import CELLS, COLOURS, LEVELS, Scene
 PIXELS = 56
 """Frame edge: four 14-pixel patches, one per cell."""
 CODECS = {
-    ".mp4": ("libx264", {"preset": "ultrafast", "crf": "18"}),
+    ".mp4": ("libx264", {"preset": "veryfast", "crf": "22"}),
     ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "lag-in-frames": "0"}),
 }
 

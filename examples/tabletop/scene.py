@@ -27,6 +27,8 @@ APPROACH = 0.25
 """Share of a move in which the gripper travels to the block."""
 CUT = 0.6
 """Share of the last move that the clip shows."""
+HOLD = 2.0
+"""Seconds at the end in which nothing moves, so that a thin sampling of frames sees the end."""
 
 Level = Literal["trivial", "normal", "hard", "impossible"]
 Split = Literal["base", "pool", "eval"]
@@ -138,8 +140,7 @@ def _moves(rng: np.random.Generator, cells: list[Cell], box: Cell, count: int, s
     """`count` moves of different blocks along free straight lines, or into the box; None where a block is stuck."""
     movers = rng.permutation(len(cells))[:count]
     into_box = int(rng.integers(count - 1)) if rng.random() < 0.7 else -1
-    bounds = np.concatenate([[0.0], np.cumsum(rng.dirichlet(np.full(count, 8.0)))]) * seconds
-    bounds[-1] = seconds
+    bounds = np.concatenate([[0.0], np.cumsum(rng.dirichlet(np.full(count, 8.0)))]) * (seconds - HOLD)
     occupied, moves = set(cells) | {box}, []
     for k, block in enumerate(int(m) for m in movers):
         source = cells[block]
