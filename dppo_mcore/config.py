@@ -106,6 +106,10 @@ class DataConfig:
     """Worker processes that decode ahead; 0 decodes in place."""
     decode_ahead: int = 8
     """Prompts decoded ahead of the training loop (bounds memory)."""
+    media_cache_mib: int = 512
+    """Decoded patches kept in memory per rank, as bytes of pixels; 0 keeps none."""
+    horizon_keep: Literal["end", "start", "middle"] = "end"
+    """Which part of a clip longer than the horizon is used. [ours]"""
     max_tokens_per_micro_batch: int = 16384
     """Token budget of a packed row; a shared-prompt group is never split beyond its responses."""
     micro_batch_size: int | None = None
@@ -144,6 +148,8 @@ class RolloutConfig:
     """Restarts of a failed engine before the run ends."""
     engine_memory_fraction: float = 0.75
     """Share of GPU memory the engine may take."""
+    engine_options: tuple[str, ...] = ()
+    """Further options of the engine itself, NAME=VALUE each (SGLang's or vLLM's own names)."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are those of the tempered distribution."""
     top_p: float = 1.0

@@ -12,10 +12,13 @@ where top-p or top-k truncate, after renormalisation over what is kept.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from dppo_mcore.runtime.errors import UserError
 from dppo_mcore.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ SleepTag = Literal["weights", "kv_cache"]
 SLEEP_TAGS: tuple[SleepTag, ...] = ("weights", "kv_cache")
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError):
     """An engine failed beyond its retries, or refused what it was asked; the message says what to do."""
 
 
@@ -131,8 +134,8 @@ class WeightReceiver(Protocol):
         """Close the update; answers from now on carry `version`."""
         ...
 
-    def checksums(self) -> dict[str, str]:
-        """Checksum per tensor name as the engine holds it, comparable with `sync.verify.expected`."""
+    def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """`sync.fingerprint` of each named tensor as the engine holds it, summed over its ranks."""
         ...
 
 
@@ -211,9 +214,21 @@ def sampling_from(config: Config, qwen: QwenConfig) -> Sampling:
         top_k=rollout.top_k,
         max_tokens=rollout.max_response_tokens,
         stop=rollout.stop,
-        stop_token_ids=tuple(qwen.eos_token_ids),
+        stop_token_ids=eos_ids(config.run.model),
         banned_token_ids=banned_ids(qwen),
     )
+
+
+def eos_ids(model_dir: str) -> tuple[int, ...]:
+    """Ids that end an answer, from the checkpoint's generation_config.json, or else its config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model_dir) / name
+        if path.is_file():
+            raw = json.loads(path.read_text())
+            found = raw.get("eos_token_id", raw.get("text_config", {}).get("eos_token_id"))
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+    raise EngineError(f"{model_dir}: neither generation_config.json nor config.json names eos_token_id")
 
 
 def banned_ids(qwen: QwenConfig) -> tuple[int, ...]:

@@ -1,0 +1,365 @@
+"""What every engine in a process of its own has in common: one leader that talks to it, ranks that follow, recovery.
+
+Inside `generate` the leader drives. It sends the other ranks one instruction at a time (encode this prompt's media,
+push the weights again, here are finished answers, an error, the end), so all ranks meet in the same collectives and
+yield the same answers in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from dppo_mcore.config import Config
+from dppo_mcore.rollout.answers import RawAnswer, assemble, check_prompt
+from dppo_mcore.rollout.base import (
+    SLEEP_TAGS,
+    EngineError,
+    EngineStats,
+    GenerationRequest,
+    Sampling,
+    SleepTag,
+    TextDecoder,
+    WeightReceiver,
+    banned_ids,
+)
+from dppo_mcore.rollout.jobs import Job, Queue
+from dppo_mcore.rollout.media import Encoder, positions
+from dppo_mcore.rollout.replica import Replica
+from dppo_mcore.rollout.sidecar_client import EngineDied, Refused
+from dppo_mcore.runtime.log import get_logger
+from dppo_mcore.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from dppo_mcore.model.config import QwenConfig
+
+HEARTBEAT_S = 5.0
+CACHE_BYTES = 4 << 30
+log = get_logger("rollout")
+
+
+class EngineClient(Protocol):
+    """The leader's line to a running server."""
+
+    def submit(
+        self, rid: str, request: GenerationRequest, index: int, sampling: Sampling, media: Any
+    ) -> Future[RawAnswer]:
+        """Ask for one answer; `media` is what `share` returned for its prompt."""
+        ...
+
+    def score(self, prompt: Prompt, answer: Sequence[int], media: Any) -> list[float]:
+        """Log-probs of a given answer."""
+        ...
+
+    def share(self, prompt: Prompt, embeddings_MH: Tensor | None, positions_3L: Tensor) -> Any:
+        """Make a prompt's media reachable for the engine; has a `close`."""
+        ...
+
+    def abort(self, rid: str | None = None) -> None:
+        """End one request, or all."""
+        ...
+
+    def pause(self) -> None:
+        """Hold running requests."""
+        ...
+
+    def resume(self) -> None:
+        """Let them go on."""
+        ...
+
+    def sleep(self, tags: Sequence[str]) -> None:
+        """Release memory."""
+        ...
+
+    def wake(self, tags: Sequence[str]) -> None:
+        """Take it again."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether the server answers."""
+        ...
+
+    def close(self) -> None:
+        """End it, or leave it where it isn't ours."""
+        ...
+
+
+class ServerEngine:
+    """An engine behind a client; subclasses say how to open one."""
+
+    name = "server"
+    sends_embeddings = True
+
+    def __init__(self, config: Config, qwen: QwenConfig, chunks: Sequence[Any], tokenizer: TextDecoder) -> None:
+        self.config, self.qwen, self.tokenizer = config, qwen, tokenizer
+        self.replica = Replica()
+        self.encoder = Encoder(chunks, qwen, CACHE_BYTES)
+        self.weight_version = -1
+        self.receiver: WeightReceiver | None = None
+        self.push_again: Callable[[], None] | None = None
+        """Hands the current weights over once more, on all ranks together; `sync.attach` sets it."""
+        self.restarts = 0
+        self._client: EngineClient | None = None
+        self._aborting = False
+        self._queue: Queue | None = None
+        self._tokens = 0
+        self._began = time.monotonic()
+        self._rids = 0
+
+    def open_client(self) -> EngineClient:
+        """Start or reach the server; on the leader."""
+        raise NotImplementedError
+
+    @property
+    def client(self) -> EngineClient:
+        """The leader's client."""
+        if self._client is None:
+            raise EngineError(f"engine {self.name} is not started")
+        return self._client
+
+    def start(self) -> None:
+        """Bring the server up and check it, on the leader; all ranks learn whether that worked."""
+        self._on_leader(self._open)
+
+    def _open(self) -> None:
+        self._client = self.open_client()
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Rollout]:
+        """Yield every answer once; see `base.Engine.generate`."""
+        limit, media_ids = self.config.rollout.max_prompt_tokens, banned_ids(self.qwen)
+        for request in requests:
+            check_prompt(request, limit, media_ids)
+        self._aborting, self._tokens, self._began = False, 0, time.monotonic()
+        if not self.replica.is_leader:
+            yield from self._follow(requests)
+            return
+        try:
+            for kind, value in self._lead(requests, sampling):
+                self.replica.broadcast((kind, value))
+                yield from self._obey(kind, value, requests)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.replica.broadcast(("error", f"{type(error).__name__}: {error}" if not str(error) else str(error)))
+            raise
+        self.replica.broadcast(("end", None))
+
+    def _follow(self, requests: Sequence[GenerationRequest]) -> Iterator[Rollout]:
+        while True:
+            kind, value = self.replica.broadcast()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise EngineError(value)
+            yield from self._obey(kind, value, requests)
+
+    def _obey(self, kind: str, value: Any, requests: Sequence[GenerationRequest]) -> Iterator[Rollout]:
+        """What all ranks do on one instruction; the leader too."""
+        if kind == "answers":
+            yield from value
+        elif kind == "encode":
+            prompt = requests[value].prompt
+            embeddings_MH = self.encoder.embeddings(prompt) if self.sends_embeddings else None
+            if self.replica.is_leader:
+                self._shared[value] = self.client.share(prompt, embeddings_MH, positions(prompt, self.qwen))
+        elif kind == "push":
+            if self.push_again is not None and self.weight_version >= 0:
+                self.push_again()
+
+    def _lead(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[tuple[str, Any]]:
+        """The leader's loop: yields instructions for all ranks."""
+        rollout = self.config.rollout
+        queue = self._queue = Queue(requests, rollout.rollout_max_in_flight, rollout.rollout_retries)
+        self._shared: dict[int, Any] = {}
+        futures: dict[Future[RawAnswer], str] = {}
+        restarts_left, last_news, last_word = rollout.rollout_retries, time.monotonic(), time.monotonic()
+        try:
+            while not queue.done:
+                if self._aborting:
+                    self.client.abort()
+                    yield "answers", [self._unsent(job, sampling) for job in queue.abort_waiting()]
+                while (job := queue.next()) is not None:
+                    if job.request.prompt.media and job.position not in self._shared:
+                        yield "encode", job.position
+                    futures[self._send(queue, job, sampling)] = job.rid
+                done, _ = wait(
+                    futures, timeout=min(HEARTBEAT_S, rollout.rollout_timeout_s), return_when=FIRST_COMPLETED
+                )
+                now = time.monotonic()
+                answers, lost = self._collect(done, futures, queue, sampling)
+                if answers:
+                    last_news = last_word = now
+                    yield "answers", answers
+                elif now - last_word > HEARTBEAT_S:
+                    last_word = now
+                    yield "answers", []
+                overdue = queue.overdue(now, rollout.rollout_timeout_s)
+                hung = bool(overdue) and (now - last_news > rollout.rollout_timeout_s or not self.client.alive())
+                if lost or hung:
+                    if restarts_left == 0:
+                        raise EngineError(
+                            f"engine {self.name} failed {rollout.rollout_retries + 1} times in one batch: "
+                            f"{lost or 'it hung'}; raise rollout_retries, or see the engine's log"
+                        )
+                    restarts_left -= 1
+                    queue.resend(list(queue.running), "lost its engine", counted=False)
+                    futures.clear()
+                    self._restart(lost or "no answer in time")
+                    self._forget_shared()
+                    last_news = time.monotonic()
+                    yield "push", None
+                elif overdue:
+                    for rid in overdue:
+                        self.client.abort(rid)
+                    queue.resend(overdue, f"had no answer within {rollout.rollout_timeout_s:.0f} s")
+        finally:
+            if queue.running:
+                self._drain(futures)
+            self._forget_shared()
+            self._queue = None
+
+    def _send(self, queue: Queue, job: Job, sampling: Sampling) -> Future[RawAnswer]:
+        self._rids += 1
+        rid = f"{job.request.sample_id}#{job.index}#{self._rids}"
+        queue.sent(job, rid, time.monotonic())
+        return self.client.submit(rid, job.request, job.index, sampling, self._shared.get(job.position))
+
+    def _collect(
+        self, done: set[Future[RawAnswer]], futures: dict[Future[RawAnswer], str], queue: Queue, sampling: Sampling
+    ) -> tuple[list[Rollout], str]:
+        """Finished answers, and why the engine was lost if it was."""
+        answers, lost = [], ""
+        for future in done:
+            rid = futures.pop(future)
+            error = future.exception()
+            if isinstance(error, EngineDied):
+                lost = str(error)
+            elif rid not in queue.running:
+                continue
+            elif isinstance(error, Refused):
+                raise EngineError(f"sample {queue.running[rid].request.sample_id}: the engine refused it: {error}")
+            elif error is not None:
+                queue.resend([rid], f"failed: {error}")
+            else:
+                raw = future.result()
+                if raw.finish == "abort" and not self._aborting:
+                    queue.resend([rid], "was aborted by the engine")
+                    continue
+                job = queue.finish(rid)
+                assert job is not None
+                rollout = assemble(job.request, job.index, raw, sampling, self.tokenizer)
+                self._tokens += len(raw.token_ids)
+                answers.append(rollout)
+                if queue.prompt_done(job) and (shared := self._shared.pop(job.position, None)) is not None:
+                    shared.close()
+        return answers, lost
+
+    def _unsent(self, job: Job, sampling: Sampling) -> Rollout:
+        """What an aborted job has that was never sent: its prefix."""
+        return assemble(job.request, job.index, RawAnswer((), (), "abort", ()), sampling, self.tokenizer)
+
+    def _drain(self, futures: dict[Future[RawAnswer], str]) -> None:
+        """Leave no request behind when the caller stops early."""
+        try:
+            self.client.abort()
+            wait(futures, timeout=30)
+        except (EngineDied, OSError):
+            pass
+
+    def _forget_shared(self) -> None:
+        for shared in self._shared.values():
+            shared.close()
+        self._shared.clear()
+
+    def _restart(self, reason: str) -> None:
+        self.restarts += 1
+        log.warning("engine %s is restarted (%d): %s", self.name, self.restarts, reason)
+        self.client.close()
+        self._open()
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of given answers; collective over the replica."""
+        results = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            embeddings_MH = self.encoder.embeddings(prompt) if prompt.media and self.sends_embeddings else None
+            results.append(self._on_leader(lambda p=prompt, a=answer, e=embeddings_MH: self._score_one(p, a, e)))
+        return results
+
+    def _score_one(self, prompt: Prompt, answer: Sequence[int], embeddings_MH: Tensor | None) -> list[float]:
+        shared = self.client.share(prompt, embeddings_MH, positions(prompt, self.qwen)) if prompt.media else None
+        try:
+            return self.client.score(prompt, answer, shared)
+        finally:
+            if shared is not None:
+                shared.close()
+
+    def _on_leader(self, action: Callable[[], Any]) -> Any:
+        """The leader's result on every rank, or its error on every rank."""
+        result: Any = None
+        failure: BaseException | None = None
+        if self.replica.is_leader:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        result, message = self.replica.broadcast((result, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure if isinstance(failure, EngineError) else EngineError(message) from failure
+        if message is not None:
+            raise EngineError(message)
+        return result
+
+    def pause(self) -> None:
+        """Hold running requests."""
+        self._on_leader(lambda: self.client.pause())
+
+    def resume(self) -> None:
+        """Let held requests go on."""
+        self._on_leader(lambda: self.client.resume())
+
+    def abort(self) -> None:
+        """End what is unfinished; the running `generate` yields it as aborted."""
+        self._aborting = True
+
+    def sleep(self, tags: Sequence[SleepTag] = SLEEP_TAGS) -> None:
+        """Give memory back."""
+        self._on_leader(lambda: self.client.sleep(tags))
+
+    def wake(self, tags: Sequence[SleepTag] = SLEEP_TAGS) -> None:
+        """Take it again."""
+        self._on_leader(lambda: self.client.wake(tags))
+
+    def update_weights(self, version: int, load: Callable[[], None] | None = None) -> None:
+        """Open an update on the engine, run `load` on all ranks, close it; requests held meanwhile go on after."""
+        receiver = self.receiver
+        assert receiver is not None
+        self._on_leader(lambda: receiver.begin(version))
+        if load is not None:
+            load()
+        self._on_leader(lambda: receiver.end(version))
+        if not self.config.model.freeze_vision or not self.config.model.freeze_merger:
+            self.encoder.clear()
+        self.weight_version = version
+
+    def stats(self) -> EngineStats:
+        """Figures of the running `generate`, on the leader."""
+        queue, spent = self._queue, max(time.monotonic() - self._began, 1e-9)
+        if queue is None:
+            return EngineStats(0, 0, 0, self._tokens / spent)
+        return EngineStats(len(queue.running), len(queue.waiting), queue.finished, self._tokens / spent)
+
+    def health(self) -> bool:
+        """Whether the server answers."""
+        return bool(self._on_leader(lambda: self._client is not None and self._client.alive()))
+
+    def stop(self) -> None:
+        """End the server; harmless twice."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self.encoder.clear()
+        self.replica.close()
