@@ -1,0 +1,1 @@
+"""Learning steps: RL and SFT as siblings over one exact, resumable step."""

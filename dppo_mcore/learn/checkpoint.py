@@ -1,0 +1,219 @@
+"""Checkpoints: whole or not there, loadable under any layout, bitwise on the same one.
+
+A checkpoint is written to a hidden folder beside its place, renamed once every rank is done, and named by the
+`latest` file after that. So whatever instant a run is killed at, `latest` names a complete one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from dppo_mcore.learn.state import Learner
+from dppo_mcore.runtime.errors import UserError
+from dppo_mcore.runtime.files import replacing
+
+LATEST, META = "latest", "dppo.json"
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints into one folder and keeps the last few and the best."""
+
+    folder: Path
+    keep: int = 2
+    background: bool = True
+    _calls: AsyncCallsQueue | None = field(default=None, repr=False)
+
+    def save(self, state: Learner, step: int, extra: dict[str, Any], score: float | None = None) -> Path:
+        """Write checkpoint number `step`; `extra` is the caller's JSON, `score` its best-metric value.
+
+        In the background the call returns once tensors are copied; `poll` or `finish` completes it.
+        """
+        self.finish()
+        final = self.folder / f"step-{step:08d}"
+        partial_folder = self.folder / f".step-{step:08d}.part"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            partial_folder.mkdir(parents=True)
+            meta = {
+                "step": step,
+                "score": score,
+                "learner": state.state_dict(),
+                "layout": layout(state),
+                "extra": extra,
+            }
+            with replacing(partial_folder / META) as file:
+                json.dump(meta, file)
+        dist.barrier()
+        sharded = _sharded_state(state, loading=False)
+        strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy("torch_dist", 1), _data_parallel(), do_cache_distribution=False
+        )
+        request = dist_checkpointing.save(sharded, str(partial_folder), strategy, async_sharded_save=self.background)
+        finalize = partial(self._publish, partial_folder, final)
+        if request is None:
+            dist.barrier()
+            finalize()
+        else:
+            request.add_finalize_fn(finalize)
+            if self._calls is None:
+                self._calls = AsyncCallsQueue()
+            self._calls.schedule_async_request(request)
+        return final
+
+    def poll(self) -> None:
+        """Complete a background save that is done; called once a step, on all ranks."""
+        if self._calls is not None:
+            self._calls.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background save."""
+        if self._calls is not None:
+            self._calls.maybe_finalize_async_calls(blocking=True)
+
+    def _publish(self, written: Path, final: Path) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            written.rename(final)
+            with replacing(self.folder / LATEST) as file:
+                file.write(final.name)
+            self._prune()
+        dist.barrier()
+
+    def _prune(self) -> None:
+        kept = checkpoints(self.folder)
+        scored = [(meta["score"], path) for path in kept if (meta := read_meta(path))["score"] is not None]
+        best = max(scored)[1] if scored else None
+        for path in kept[: -self.keep] if self.keep > 0 else []:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / META).is_file())
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    marker = folder / LATEST
+    if marker.is_file() and (folder / marker.read_text().strip() / META).is_file():
+        return folder / marker.read_text().strip()
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the highest score, or None where none has one."""
+    scored = [(meta["score"], path) for path in checkpoints(folder) if (meta := read_meta(path))["score"] is not None]
+    return max(scored)[1] if scored else None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's step, score, counters, layout and the caller's extra state."""
+    return json.loads((path / META).read_text())
+
+
+def find(path: Path) -> Path:
+    """A checkpoint given itself or its folder."""
+    found = path if (path / META).is_file() else latest(path)
+    if found is None:
+        raise UserError(f"--load {path}: no complete checkpoint there")
+    return found
+
+
+def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, Any]:
+    """Fill the learner from a checkpoint written under any layout; returns the caller's extra state.
+
+    Under the same layout the run goes on bit for bit. Under another, generators are seeded anew.
+    """
+    path = find(path)
+    meta = read_meta(path)
+    same_layout = meta["layout"] == layout(state)
+    sharded = _sharded_state(state, loading=True, weights_only=weights_only, rng=same_layout and not weights_only)
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _data_parallel())
+    loaded = dist_checkpointing.load(sharded, str(path), strategy)
+    for index, model in enumerate(state.models):
+        model.load_state_dict(loaded[f"model{index}"])
+    if weights_only:
+        state.optimizer.reload_model_params()
+        return meta["extra"]
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.load_state_dict(meta["learner"])
+    if same_layout:
+        set_rng_state(loaded["rng"])
+    return meta["extra"]
+
+
+def layout(state: Learner) -> list[int]:
+    """What must be equal for a bitwise resume: world size and parallel sizes."""
+    parallel = state.config.parallel
+    return [
+        dist.get_world_size(),
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+    ]
+
+
+def rng_state() -> dict[str, Any]:
+    """Every generator of this rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put every generator of this rank back."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_state(state: Learner, *, loading: bool, weights_only: bool = False, rng: bool = True) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": _data_parallel(),
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    sharded: dict[str, Any] = {
+        f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(state.models)
+    }
+    if not weights_only:
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, loading)
+        if rng:
+            world = dist.get_world_size()
+            sharded["rng"] = ShardedObject("rng", rng_state(), (world,), (dist.get_rank(),), replica_id=0)
+    return sharded
+
+
+def _data_parallel() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

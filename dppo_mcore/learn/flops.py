@@ -1,0 +1,90 @@
+"""Floating-point operations of a packed micro-batch, by part: what MFU and the step benchmark divide by.
+
+A multiply-add counts as two. Attention counts the pairs that the mask lets through, so a shared prompt counts once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from dppo_mcore.model.config import QwenConfig
+from dppo_mcore.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward operations of one micro-batch, or several."""
+
+    vision: float = 0.0
+    language: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Flops)))
+
+    def training(self, freeze_vision: bool) -> float:
+        """Forward and backward; a frozen tower has no backward pass."""
+        return self.vision * (1.0 if freeze_vision else 3.0) + 3.0 * (self.language + self.head)
+
+    @property
+    def forward(self) -> float:
+        """The forward pass alone."""
+        return self.vision + self.language + self.head
+
+
+def batch_flops(batch: PackedBatch, qwen: QwenConfig) -> Flops:
+    """Forward operations of a micro-batch."""
+    return Flops(
+        vision=sum(vision_flops(grid, qwen) for grid in batch.grids),
+        language=language_flops(batch, qwen),
+        head=2.0 * batch.targets_R.numel() * qwen.hidden_size * qwen.vocab_size,
+    )
+
+
+def total_flops(batches: Sequence[PackedBatch], qwen: QwenConfig) -> Flops:
+    """Forward operations of several micro-batches."""
+    return sum((batch_flops(batch, qwen) for batch in batches), Flops())
+
+
+def language_flops(batch: PackedBatch, qwen: QwenConfig) -> float:
+    """Linear layers over real tokens, attention over visible pairs."""
+    tokens, pairs = visible_pairs(batch)
+    width = qwen.num_heads * qwen.head_dim
+    keys = qwen.num_kv_heads * qwen.head_dim
+    weights = qwen.hidden_size * (2 * width + 2 * keys + 3 * qwen.intermediate_size)
+    return qwen.num_layers * (2.0 * tokens * weights + 4.0 * pairs * width)
+
+
+def visible_pairs(batch: PackedBatch) -> tuple[int, int]:
+    """Real tokens, and (query, key) pairs under the mask: causal within a branch, plus the shared prompt."""
+    sizes = Counter(zip(batch.segments_L.tolist(), batch.branches_L.tolist(), strict=True))
+    tokens = pairs = 0
+    for (segment, branch), size in sizes.items():
+        if segment < 0:
+            continue
+        tokens += size
+        pairs += size * (size + 1) // 2 + (size * sizes[segment, 0] if branch else 0)
+    return tokens, pairs
+
+
+def vision_flops(grid: tuple[int, int, int], qwen: QwenConfig) -> float:
+    """Tower and merger for one medium: windows of at most `window_size` pixels, whole frames in the full blocks."""
+    vision = qwen.vision
+    frames, height, width = grid
+    patches = frames * height * width
+    block = vision.hidden_size * (4 * vision.hidden_size + 3 * vision.intermediate_size)
+    side = vision.window_size // vision.patch_size
+    windowed = sum(h * w * h * w for h in _tiles(height, side) for w in _tiles(width, side)) * frames
+    whole = frames * (height * width) ** 2
+    full = len(vision.full_attention_blocks)
+    attention = 4.0 * vision.hidden_size * (full * whole + (vision.depth - full) * windowed)
+    merged = vision.hidden_size * vision.merge_unit
+    merger = patches / vision.merge_unit * (merged * merged + merged * vision.out_hidden_size)
+    embed = patches * vision.patch_values * vision.hidden_size
+    return 2.0 * (patches * vision.depth * block + embed + merger) + attention
+
+
+def _tiles(length: int, side: int) -> list[int]:
+    return [min(side, length - start) for start in range(0, length, side)]
