@@ -73,44 +73,56 @@ class QwenVL(MegatronModule):
 
         `media_embeddings` [M, H] stand in for encoding the row's patches (a frozen tower's, kept from before).
         """
-        return self._run(
-            batch, plan_attention(batch.segments_L, batch.branches_L, self.attention_backend), media_embeddings
-        )
+        plan = plan_attention(batch.segments_L, batch.branches_L, self.attention_backend)
+        return self.forward_with(batch, plan, media_embeddings)
 
-    def _run(self, batch: PackedBatch, plan: Any, media_embeddings: Tensor | None) -> Tensor:
-        device = next(self.language.parameters()).device
-        decoder_input = None
-        if self.pre_process:
-            decoder_input = self._embed(batch, media_embeddings, device)
-        hidden = self.language(
-            input_ids=None,
-            position_ids=batch.position_ids_3L.to(device, non_blocking=True).unsqueeze(1),
-            attention_mask=None,
-            decoder_input=decoder_input,
-            packed_seq_params=plan,
-        )
+    def forward_with(self, batch: PackedBatch, plan: Any, media_embeddings: Tensor | None = None) -> Tensor:
+        """`forward` under another attention plan (`attention.Attend`): one that records keys and values, or answers
+        from those it has."""
+        embedded = self._embed(batch, media_embeddings) if self.pre_process else None
+        hidden = self._layers(embedded, batch.position_ids_3L, plan)
         if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden.squeeze(1).index_select(0, batch.loss_rows_R.to(device, non_blocking=True))
+        return hidden.squeeze(1).index_select(0, batch.loss_rows_R.to(hidden.device, non_blocking=True))
 
-    def _embed(self, batch: PackedBatch, media_embeddings: Tensor | None, device: torch.device) -> Tensor:
-        """Token embeddings with the media in their places, [L, 1, H], split over L with sequence parallelism."""
-        check_media(batch, self.qwen, None if media_embeddings is None else media_embeddings.shape[0])
-        token_ids_1L = batch.token_ids_L.to(device, non_blocking=True).unsqueeze(0)
-        embedded_L1H = self.language.embedding(input_ids=token_ids_1L, position_ids=None)
-        if batch.grids:
-            if media_embeddings is None:
-                media_embeddings = self.encode_media(batch.patches_P, batch.grids)
-            rows_M = batch.media_rows_M.to(device, non_blocking=True)
-            media_M1H = media_embeddings.to(device, embedded_L1H.dtype).unsqueeze(1)
-            embedded_L1H = embedded_L1H.index_copy(0, rows_M, media_M1H)
-        else:
-            embedded_L1H = self._touch_vision(embedded_L1H)
-        if self.config.sequence_parallel:
+    def _layers(self, embedded_L1H: Tensor | None, position_ids_3L: Tensor, plan: Any) -> Tensor:
+        """This chunk's layers; the last stage's output is gathered over L."""
+        if embedded_L1H is not None and self.config.sequence_parallel:
             embedded_L1H = tensor_parallel.scatter_to_sequence_parallel_region(embedded_L1H)
-        return embedded_L1H
+        hidden = self.language(
+            input_ids=None,
+            position_ids=position_ids_3L.to(self.device, non_blocking=True).unsqueeze(1),
+            attention_mask=None,
+            decoder_input=embedded_L1H,
+            packed_seq_params=plan,
+        )
+        if self.post_process and self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.language.parameters()).device
+
+    def _tokens(self, token_ids_L: Tensor) -> Tensor:
+        """Token embeddings [L, 1, H], whole on every tensor-parallel rank."""
+        ids_1L = token_ids_L.to(self.device, non_blocking=True).unsqueeze(0)
+        return self.language.embedding(input_ids=ids_1L, position_ids=None)
+
+    def _embed(self, batch: PackedBatch, media_embeddings: Tensor | None) -> Tensor:
+        """Token embeddings with the media in their places, [L, 1, H]."""
+        check_media(batch, self.qwen, None if media_embeddings is None else media_embeddings.shape[0])
+        embedded_L1H = self._tokens(batch.token_ids_L)
+        if media_embeddings is not None or not batch.grids:
+            embedded_L1H = self._touch_vision(embedded_L1H)
+        if not batch.grids:
+            return embedded_L1H
+        if media_embeddings is None:
+            media_embeddings = self.encode_media(batch.patches_P, batch.grids)
+        rows_M = batch.media_rows_M.to(self.device, non_blocking=True)
+        media_M1H = media_embeddings.to(self.device, embedded_L1H.dtype).unsqueeze(1)
+        return embedded_L1H.index_copy(0, rows_M, media_M1H)
 
     def encode_media(self, patches_P: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Media embeddings [M, H] of all patches [P, values]: each tensor-parallel rank encodes its share of the

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dppo_kernels import linear_logprob
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from dppo_kernels import linear_logprob
 from dppo_mcore.config import Config, ModelConfig, ParallelConfig
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
