@@ -6,6 +6,7 @@ Where the paper is silent, the default is ours and the field says so with [ours]
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,10 @@ class RunConfig:
     """Loops of RL then SFT."""
     last_sft: bool = False
     """End the last loop with an SFT phase too (the paper's ends on RL)."""
+
+    def seed_of(self, label: str) -> int:
+        """A seed in [0, 2**31) for one named use, the same in every process."""
+        return zlib.crc32(f"{self.seed}/{label}".encode()) & 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
@@ -278,8 +283,9 @@ class PracticeConfig:
     """RL steps the score looks back. [ours]"""
     stagnation_min_prompts: int = 400
     """Prompts per task the window must hold; it is lengthened until it does. [ours]"""
-    stagnation_aggregate: Literal["mean", "all"] = "mean"
-    """Phase ends on the mean score, or when every task stagnates. [ours]"""
+    stagnation_aggregate: Literal["mean", "all", "freeze"] = "mean"
+    """Phase ends on the mean score, when every task stagnates at once, or when each did (drawn no more from then on).
+    [ours]"""
     rl_min_steps: int = 20
     """An RL phase is not ended earlier by its score."""
     rl_max_steps: int = 500

@@ -1,0 +1,249 @@
+"""Connection, transactions, and the names behind the ledger's integer keys: samples and phases."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dppo_mcore.practice.ledger_schema import LedgerError, WriterLock, connect
+from dppo_mcore.types import Sample
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of the schedule."""
+
+    name: str
+    loop: int
+    kind: str
+    horizon: float | None = None
+    """Longest clip in seconds."""
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """A phase as the ledger knows it."""
+
+    name: str
+    loop: int
+    kind: str
+    horizon: float | None
+    state: str
+    """planned, running or done."""
+    start_step: int | None
+    end_step: int | None
+    cursor: Mapping[str, Any]
+    """Where the phase stands, for its own use."""
+    reason: str
+    """Why it ended."""
+    started_at: float | None
+    ended_at: float | None
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What the ledger keeps of a sample, so that a report needs no manifest."""
+
+    id: str
+    pool: str
+    objective: str
+    dimension: str
+    source: str
+    question: str
+    gold: Any
+    answer: str | None
+    media: tuple[Mapping[str, Any], ...]
+
+
+def to_json(value: Any) -> str:
+    """Canonical JSON; what JSON doesn't know is written as its string."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=str)
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold (lone surrogates replaced)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class LedgerBase:
+    """Opened ledger. With `write=True` it's the only writer; readers may come and go meanwhile."""
+
+    def __init__(self, path: str | Path, *, write: bool = True, file_system: str | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = WriterLock(self.path) if write else None
+        try:
+            self.connection: sqlite3.Connection = connect(self.path, write=write, kind=file_system)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+        self._depth = 0
+        self._phase_keys: dict[str, int] = {}
+        self._sample_keys: dict[str, int] = {}
+        self._read_keys()
+
+    def _read_keys(self) -> None:
+        self._phase_keys = dict(self.connection.execute("SELECT name, key FROM phases"))
+        self._sample_keys = dict(self.connection.execute("SELECT id, key FROM samples"))
+
+    def close(self) -> None:
+        """Close the file and let another writer in."""
+        self.connection.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> LedgerBase:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing; nests, and the outermost commits."""
+        if self._depth:
+            yield
+            return
+        self.connection.execute("BEGIN IMMEDIATE")
+        self._depth = 1
+        try:
+            yield
+        except BaseException:
+            self.connection.execute("ROLLBACK")
+            self._read_keys()
+            raise
+        else:
+            self.connection.execute("COMMIT")
+        finally:
+            self._depth = 0
+
+    def backup(self, path: str | Path) -> None:
+        """A consistent copy, while the run goes on (for readers on file systems where the writer locks the file)."""
+        target = sqlite3.connect(path)
+        with target:
+            self.connection.backup(target)
+        target.close()
+
+    def integrity(self) -> str:
+        """SQLite's own check; "ok" where all is well."""
+        return str(self.connection.execute("PRAGMA integrity_check").fetchone()[0])
+
+    # Samples.
+
+    def add_samples(self, samples: Iterable[Sample], pool: str) -> int:
+        """Register samples of a pool ("rl", "general", "eval", ...); returns how many were new.
+
+        A sample known already must be the same: a changed manifest under an old run would mix two experiments.
+        """
+        rows = []
+        for sample in samples:
+            question = "\n".join(turn.content for turn in sample.turns if turn.role == "user")
+            media = [{"kind": m.kind, "path": m.path, "start": m.start, "end": m.end} for m in sample.media]
+            gold = None if sample.gold is None else to_json(sample.gold)
+            answer = None if sample.answer is None else clean(sample.answer)
+            rows.append(
+                (sample.id, pool, sample.objective, sample.dimension, sample.source, clean(question), gold, answer,
+                 to_json(media))
+            )  # fmt: skip
+        before = len(self._sample_keys)
+        known = [row for row in rows if row[0] in self._sample_keys]
+        for row in known:
+            stored = self.connection.execute(
+                "SELECT id, objective, question, gold FROM samples WHERE id = ?", (row[0],)
+            ).fetchone()
+            if stored != (row[0], row[2], row[5], row[6]):
+                raise LedgerError(
+                    f"sample {row[0]!r} of pool {pool!r} differs from the one recorded under this id in {self.path}: "
+                    "give it an id of its own, or start a new run"
+                )
+        with self.transaction():
+            self.connection.executemany(
+                "INSERT OR IGNORE INTO samples (id, pool, objective, dimension, source, question, gold, answer, media) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (row for row in rows if row[0] not in self._sample_keys),
+            )
+            self._sample_keys = dict(self.connection.execute("SELECT id, key FROM samples"))
+        return len(self._sample_keys) - before
+
+    def samples(self, pool: str | None = None) -> dict[str, SampleRow]:
+        """Registered samples by id, in order of registration."""
+        where, values = ("WHERE pool = ?", (pool,)) if pool is not None else ("", ())
+        rows = self.connection.execute(
+            "SELECT id, pool, objective, dimension, source, question, gold, answer, media FROM samples "
+            f"{where} ORDER BY key",
+            values,
+        )
+        return {
+            row[0]: SampleRow(*row[:6], None if gold is None else json.loads(gold), answer, tuple(json.loads(media)))
+            for *row, gold, answer, media in rows
+        }
+
+    def sample_key(self, sample_id: str) -> int:
+        """Integer behind a sample id."""
+        try:
+            return self._sample_keys[sample_id]
+        except KeyError:
+            raise LedgerError(f"sample {sample_id!r} is not in {self.path}: register it by add_samples") from None
+
+    # Phases.
+
+    def plan(self, phases: Sequence[PhasePlan]) -> None:
+        """Write the schedule; known phases stay as they are, so a longer schedule extends a finished run."""
+        with self.transaction():
+            self.connection.executemany(
+                "INSERT OR IGNORE INTO phases (name, loop, kind, horizon) VALUES (?, ?, ?, ?)",
+                [(p.name, p.loop, p.kind, p.horizon) for p in phases],
+            )
+            self._phase_keys = dict(self.connection.execute("SELECT name, key FROM phases"))
+
+    def phases(self) -> list[PhaseRow]:
+        """The schedule in order."""
+        rows = self.connection.execute(
+            "SELECT name, loop, kind, horizon, state, start_step, end_step, cursor, reason, started_at, ended_at "
+            "FROM phases ORDER BY key"
+        )
+        return [
+            PhaseRow(*row, cursor=json.loads(cursor), reason=reason, started_at=started, ended_at=ended)
+            for *row, cursor, reason, started, ended in rows
+        ]
+
+    def phase(self, name: str) -> PhaseRow:
+        """One phase."""
+        self.phase_key(name)
+        return next(phase for phase in self.phases() if phase.name == name)
+
+    def phase_key(self, name: str) -> int:
+        """Integer behind a phase's name."""
+        if name not in self._phase_keys:
+            raise LedgerError(f"phase {name!r} is not in the plan of {self.path}")
+        return self._phase_keys[name]
+
+    def start_phase(self, name: str, step: int) -> bool:
+        """Mark a phase as running from `step`; False if it ran already (a resumed run)."""
+        done = self.connection.execute(
+            "UPDATE phases SET state = 'running', start_step = ?, started_at = ? WHERE key = ? AND state = 'planned'",
+            (step, time.time(), self.phase_key(name)),
+        )
+        return done.rowcount == 1
+
+    def finish_phase(self, name: str, step: int, reason: str = "") -> bool:
+        """Mark a phase as done at `step`; False if it was."""
+        done = self.connection.execute(
+            "UPDATE phases SET state = 'done', end_step = ?, reason = ?, ended_at = ? WHERE key = ? "
+            "AND state = 'running'",
+            (step, reason, time.time(), self.phase_key(name)),
+        )
+        return done.rowcount == 1
+
+    def set_cursor(self, name: str, cursor: Mapping[str, Any]) -> None:
+        """Remember where a phase stands."""
+        self.connection.execute(
+            "UPDATE phases SET cursor = ? WHERE key = ?", (to_json(dict(cursor)), self.phase_key(name))
+        )

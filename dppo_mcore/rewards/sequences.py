@@ -1,0 +1,64 @@
+"""Ordered lists in answers, and how well two orders agree."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from dppo_mcore.rewards.extraction import canonical
+
+MAX_ITEMS = 512
+_SEPARATORS = re.compile(r"\n|->|=>|→|⇒|>|;|\\rightarrow|\\to\b")
+_NUMBERED = re.compile(r"(?:^|(?<=\s))(?:step\s{0,3})?\d{1,3}\s?[.):](?=\s)", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:[-*•]|(?:step\s*)?\d{1,3}\s?[.):-]|\(\d{1,3}\))\s*", re.IGNORECASE)
+_THEN = re.compile(r",?\s?\b(?:and then|then|next|finally|after that)\b,?", re.IGNORECASE)
+
+
+def ordered_items(answer: str, letters: bool = False) -> list[str]:
+    """Items of a list in order, in canonical form: JSON, lines, numbers, arrows or commas. At most `MAX_ITEMS`.
+
+    `letters`: the items are single letters, so "BCA" and "B-C-A" are lists too.
+    """
+    answer = answer.strip()
+    if answer.startswith("["):
+        try:
+            parsed = json.loads(answer)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, list):
+            return [text for item in parsed[:MAX_ITEMS] if (text := canonical(str(item)))]
+        answer = answer.strip("[]")
+    if letters:
+        return [letter.lower() for letter in re.findall(r"(?<![A-Za-z])[A-Z]|(?<=[A-Z])[A-Z]", answer)[:MAX_ITEMS]]
+    parts = _SEPARATORS.split(_NUMBERED.sub("\n", answer))
+    if sum(bool(part.strip()) for part in parts) <= 1:
+        parts = _THEN.sub(",", answer).split(",")
+    items = (canonical(_BULLET.sub("", part[:2048])) for part in parts)
+    return [item for item, _ in zip(filter(None, items), range(MAX_ITEMS), strict=False)]
+
+
+def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    """Length of the longest sequence found in both in this order."""
+    row = [0] * (len(right) + 1)
+    for item in left:
+        before = 0
+        for j, other in enumerate(right, 1):
+            above = row[j]
+            row[j] = before + 1 if item == other else max(above, row[j - 1])
+            before = above
+    return row[-1]
+
+
+def pair_agreement(said: Sequence[str], gold: Sequence[str]) -> float:
+    """Share of the gold order's pairs that `said` has in that order: (tau + 1) / 2 for a permutation of gold.
+
+    A pair with a missing item doesn't agree; of an item said twice the first counts.
+    """
+    place: dict[str, int] = {}
+    for index, item in enumerate(said):
+        place.setdefault(item, index)
+    pairs = [(a, b) for i, a in enumerate(gold) for b in gold[i + 1 :]]
+    if not pairs:
+        return float(list(said) == list(gold))
+    return sum(a in place and b in place and place[a] < place[b] for a, b in pairs) / len(pairs)
