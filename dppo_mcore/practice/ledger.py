@@ -98,6 +98,10 @@ class Evaluation:
     metrics: Mapping[str, Any]
 
 
+def _teacher_answer(values: tuple[Any, ...]) -> TeacherAnswer:
+    return TeacherAnswer(*values)
+
+
 class Ledger(RolloutRecords):
     """See the module; rollouts are in `RolloutRecords`, samples and phases in `LedgerBase`."""
 
@@ -176,10 +180,7 @@ class Ledger(RolloutRecords):
                 None if sample_id is None else self.sample_key(sample_id),
             ),
         )
-        return [
-            TeacherAnswer(*row, success=bool(success), kept=bool(kept), error=error, tokens=tokens)
-            for *row, success, kept, error, tokens in rows
-        ]
+        return [_teacher_answer((*row[:6], bool(row[6]), bool(row[7]), *row[8:])) for row in rows]
 
     def record_corpus(self, phase: str, items: Sequence[SftItem]) -> None:
         """Write the corpus of an SFT phase, once and whole."""

@@ -61,6 +61,14 @@ class SampleRow:
     media: tuple[Mapping[str, Any], ...]
 
 
+def _sample_row(values: tuple[Any, ...]) -> SampleRow:
+    return SampleRow(*values)
+
+
+def _phase_row(values: tuple[Any, ...]) -> PhaseRow:
+    return PhaseRow(*values)
+
+
 def to_json(value: Any) -> str:
     """Canonical JSON; what JSON doesn't know is written as its string."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=str)
@@ -181,7 +189,7 @@ class LedgerBase:
             values,
         )
         return {
-            row[0]: SampleRow(*row[:6], None if gold is None else json.loads(gold), answer, tuple(json.loads(media)))
+            row[0]: _sample_row((*row, None if gold is None else json.loads(gold), answer, tuple(json.loads(media))))
             for *row, gold, answer, media in rows
         }
 
@@ -209,10 +217,7 @@ class LedgerBase:
             "SELECT name, loop, kind, horizon, state, start_step, end_step, cursor, reason, started_at, ended_at "
             "FROM phases ORDER BY key"
         )
-        return [
-            PhaseRow(*row, cursor=json.loads(cursor), reason=reason, started_at=started, ended_at=ended)
-            for *row, cursor, reason, started, ended in rows
-        ]
+        return [_phase_row((*row[:7], json.loads(row[7]), *row[8:])) for row in rows]
 
     def phase(self, name: str) -> PhaseRow:
         """One phase."""

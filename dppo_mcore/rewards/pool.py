@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from dppo_mcore.rewards.registry import load_objectives
-from dppo_mcore.rewards.scoring import Rubric, Score, failed, score
+from dppo_mcore.rewards.scoring import DEFAULT_RUBRIC, Rubric, Score, failed, score
 from dppo_mcore.rewards.worker import LENGTH, send
 from dppo_mcore.types import Rollout, Sample, ScoredRollout
 
@@ -73,8 +73,8 @@ class RewardPool:
         workers: int = 2,
         *,
         timeout_s: float = 10.0,
-        rubric: Rubric = Rubric(),
-        objectives: str = "",  # noqa: B008
+        rubric: Rubric = DEFAULT_RUBRIC,
+        objectives: str = "",
     ) -> None:
         self.rubric = rubric
         self.timeout_s = timeout_s

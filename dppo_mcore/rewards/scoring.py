@@ -27,6 +27,9 @@ class Rubric:
     structure: Structure = "think-answer"
 
 
+DEFAULT_RUBRIC = Rubric()
+
+
 class Score(NamedTuple):
     """Reward in [0, 1] (for weights that sum to 1), its parts "format" and "task", success, the scorer's error."""
 
@@ -45,7 +48,7 @@ def failed(error: str) -> Score:
     return Score(0.0, {"format": 0.0, "task": 0.0}, False, error)
 
 
-def score(sample: Sample, text: str, rubric: Rubric = Rubric()) -> Score:  # noqa: B008
+def score(sample: Sample, text: str, rubric: Rubric = DEFAULT_RUBRIC) -> Score:
     """Score an answer. A scorer that raises gives 0 and its error; nothing an answer holds raises here."""
     try:
         task = float(scorer_of(sample.objective)(sample, final_answer(text)))
