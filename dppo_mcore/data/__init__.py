@@ -1,0 +1,1 @@
+"""From a manifest of clips and questions to packed batches."""

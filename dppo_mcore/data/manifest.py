@@ -1,0 +1,230 @@
+"""A manifest of millions of rows with random access in constant memory.
+
+The first opening validates every row and writes an index (offsets, hashed ids, objective and dimension codes) beside
+the manifest; later openings map that index and read rows on demand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.schema import parse_row
+from dppo_mcore.types import Sample
+
+INDEX_VERSION = 2
+LABELS = ("objective", "dimension", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that was not taken."""
+
+    file: str
+    line: int
+    """Line of a JSONL file, or number of the element of a JSON array, from 1."""
+    reason: str
+    media: str = ""
+    """The offending medium's path as written, where the reason is its path."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[str] = "") -> Manifest:
+    """Open a JSONL or JSON manifest. Media paths are relative to `media_root`, or to the manifest's folder."""
+    path = Path(path).absolute()
+    if not path.is_file():
+        raise DataError(f"{path}: no such manifest")
+    root = os.path.normpath(os.path.abspath(media_root or path.parent))
+    return Manifest(path, root, _load_index(path, root))
+
+
+class Manifest(Sequence[Sample]):
+    """The valid rows of a manifest file, in file order. `refused` tells the others, with their reasons."""
+
+    def __init__(self, path: Path, root: str, folder: Path) -> None:
+        self.path = path
+        self.root = root
+        self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        self._lines = np.load(folder / "lines.npy", mmap_mode="r")
+        self._hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+        self._order = np.load(folder / "order.npy", mmap_mode="r")
+        self._codes = np.load(folder / "codes.npy", mmap_mode="r")
+        header = json.loads((folder / "header.json").read_text())
+        self._names: dict[str, list[str]] = header["names"]
+        self.refused = tuple(Refusal(str(path), *row) for row in header["refused"])
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        row = json.loads(self._read(index))
+        return parse_row(row, self.root, f"{self.path.stem}:{int(self._lines[index])}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def index_of(self, sample_id: str) -> int:
+        """Row number of an id; KeyError when there is none."""
+        wanted = _hash(sample_id)
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self) and self._hashes[at] == wanted:
+            index = int(self._order[at])
+            if self[index].id == sample_id:
+                return index
+            at += 1
+        raise KeyError(sample_id)
+
+    def get(self, sample_id: str) -> Sample:
+        """The sample of an id; KeyError when there is none."""
+        return self[self.index_of(sample_id)]
+
+    def label(self, index: int, name: str) -> str:
+        """`objective`, `dimension` or `source` of a row, without reading it."""
+        return self._names[name][int(self._codes[index, LABELS.index(name)])]
+
+    def counts(self, name: str) -> dict[str, int]:
+        """Rows per value of `objective`, `dimension` or `source`."""
+        column = np.bincount(self._codes[:, LABELS.index(name)], minlength=len(self._names[name]))
+        return {value: int(count) for value, count in zip(self._names[name], column, strict=True)}
+
+    def _read(self, index: int) -> bytes:
+        if self._file is None:
+            self._file = open(self.path, "rb")  # noqa: SIM115
+        start, length = (int(value) for value in self._offsets[index])
+        return os.pread(self._file.fileno(), length, start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
+def _hash(text: str) -> np.uint64:
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)[0]
+
+
+def _stamp(path: Path, root: str) -> list[Any]:
+    stat = path.stat()
+    return [INDEX_VERSION, stat.st_size, stat.st_mtime_ns, root]
+
+
+def _load_index(path: Path, root: str) -> Path:
+    """Folder of an index that fits the manifest; built where there is none."""
+    key = hashlib.blake2b(json.dumps([str(path), root]).encode(), digest_size=8).hexdigest()
+    places = [
+        path.parent / f".{path.name}.index-{key}",
+        Path(tempfile.gettempdir()) / f"dppo-index-{os.getuid()}-{key}",
+    ]
+    for folder in places:
+        header = folder / "header.json"
+        if header.is_file() and json.loads(header.read_text())["stamp"] == _stamp(path, root):
+            return folder
+    stamp = _stamp(path, root)
+    arrays, names, refused = _scan(path, root)
+    for folder in places:
+        try:
+            return _write_index(folder, arrays, {"stamp": stamp, "names": names, "refused": refused})
+        except OSError as error:
+            failure = error
+    raise DataError(f"{path}: its index can be written neither beside it nor in the temporary folder ({failure})")
+
+
+def _write_index(folder: Path, arrays: dict[str, np.ndarray], header: dict[str, Any]) -> Path:
+    """Written aside and renamed, so that ranks that index at the same time don't see halves of it."""
+    aside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    for name, values in arrays.items():
+        np.save(aside / f"{name}.npy", values)
+    (aside / "header.json").write_text(json.dumps(header))
+    folder.mkdir(exist_ok=True)
+    for name in (*(f"{name}.npy" for name in arrays), "header.json"):
+        os.replace(aside / name, folder / name)
+    aside.rmdir()
+    return folder
+
+
+def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[str]], list[list[Any]]]:
+    """Validate every row; rows with an id seen before are refused too."""
+    offsets, lines, hashes, codes = array("q"), array("q"), array("Q"), array("i")
+    names: dict[str, dict[str, int]] = {name: {} for name in LABELS}
+    refused: list[list[Any]] = []
+    first_line: dict[int, int] = {}
+    for line, start, raw in _rows(path):
+        try:
+            sample = parse_row(json.loads(raw), root, f"{path.stem}:{line}")
+            hashed = int(_hash(sample.id))
+            if hashed in first_line:
+                raise DataError(f"id {sample.id!r} is taken by line {first_line[hashed]}")
+        except json.JSONDecodeError as error:
+            refused.append([line, f"not JSON: {error}", ""])
+        except DataError as error:
+            refused.append([line, str(error), _named_medium(str(error))])
+        else:
+            first_line[hashed] = line
+            offsets.extend((start, len(raw)))
+            lines.append(line)
+            hashes.append(hashed)
+            codes.extend(names[name].setdefault(getattr(sample, name), len(names[name])) for name in LABELS)
+    keys = np.frombuffer(hashes, np.uint64)
+    order = np.argsort(keys, kind="stable")
+    arrays = {
+        "offsets": np.frombuffer(offsets, np.int64).reshape(-1, 2),
+        "lines": np.frombuffer(lines, np.int64),
+        "hashes": keys[order],
+        "order": order.astype(np.int32),
+        "codes": np.frombuffer(codes, np.int32).reshape(-1, len(LABELS)),
+    }
+    return arrays, {name: list(values) for name, values in names.items()}, refused
+
+
+def _named_medium(reason: str) -> str:
+    return reason.split("'")[1] if reason.startswith("media path '") else ""
+
+
+def _rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line or element number from 1, byte offset, bytes) of every row."""
+    with open(path, "rb") as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if head[:1] != b"[":
+            file.seek(0)
+            start = 0
+            for line, raw in enumerate(file, 1):
+                if raw.strip():
+                    yield line, start, raw
+                start += len(raw)
+            return
+    text = path.read_text(encoding="utf-8")
+    decoder = json.JSONDecoder()
+    at, size, number = text.index("[") + 1, len(text[: text.index("[") + 1].encode()), 0
+    while True:
+        skipped = len(text[at:]) - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
+        size += len(text[at : at + skipped].encode())
+        at += skipped
+        if at >= len(text) or text[at] == "]":
+            return
+        number += 1
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: element {number} is not JSON ({error}); nothing after it can be read") from error
+        raw = text[at:end].encode()
+        yield number, size, raw
+        size += len(raw)
+        at = end

@@ -1,0 +1,221 @@
+"""What a clip's container says, without decoding: frame times, size, rotation."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+
+from dppo_mcore.data import errors
+from dppo_mcore.data.errors import MediaError
+
+av.logging.set_level(av.logging.PANIC)
+
+IMAGE_FORMATS = ("image2", "_pipe")
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """A clip's frames in presentation order."""
+
+    path: str
+    times: np.ndarray
+    """float64 [N], seconds from the first frame."""
+    pts: np.ndarray | None
+    """int64 [N] in stream units; None where the container has decoding times only (such clips are never seeked)."""
+    keyframes: np.ndarray
+    """bool [N]."""
+    closed: bool
+    """No frame decoded after a key frame is shown before it: groups of pictures can be skipped whole."""
+    duration: float
+    """Seconds from the first frame's start to the last one's end."""
+    width: int
+    height: int
+    """Coded size, before rotation."""
+    rotation: int
+    """Degrees clockwise to turn a decoded frame upright: 0, 90, 180 or 270."""
+    codec: str
+
+
+def probe(path: str) -> ClipInfo:
+    """Demux a clip once (cached by path, size and time of change). Raises `MediaError` for an unusable clip."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise MediaError(path, errors.MISSING, error.strerror or "") from error
+    if stat.st_size == 0:
+        raise MediaError(path, errors.EMPTY)
+    return _probe(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _probe(path: str, size: int, changed: int) -> ClipInfo:
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            return _demux(path, container)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(path, errors.UNREADABLE, _short(error)) from error
+
+
+def _short(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]
+
+
+def video_stream(path: str, container: Any) -> Any:
+    """The stream to decode: the first that is not a cover picture."""
+    pictures = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise MediaError(path, errors.NO_VIDEO)
+    return streams[0]
+
+
+def _demux(path: str, container: Any) -> ClipInfo:
+    if any(name in container.format.name for name in IMAGE_FORMATS):
+        raise MediaError(path, errors.WRONG_KIND, f"an image ({container.format.name}) given as a video")
+    stream = video_stream(path, container)
+    codec = stream.codec_context
+    if codec is None or not codec.width or not codec.height:
+        raise MediaError(path, errors.UNREADABLE, "the header has no codec or frame size")
+    rows: list[tuple[int | None, int | None, bool, int]] = []
+    for packet in container.demux(stream):
+        if packet.size == 0 or packet.is_discard or _is_hidden(codec.name, packet):
+            continue
+        if packet.is_corrupt:
+            raise MediaError(path, errors.TRUNCATED, f"packet {len(rows)} is incomplete")
+        rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0))
+    if not rows:
+        raise MediaError(path, errors.FRAME_COUNT, "the container holds no frame")
+    info = _timeline(path, stream, rows, _rotation(path, container, stream))
+    _check_complete(path, stream, info)
+    return info
+
+
+def _is_hidden(codec: str, packet: Any) -> bool:
+    """VP8 stores frames that are never shown as packets of their own; its header's fifth bit tells."""
+    return codec in ("vp8", "libvpx") and not memoryview(packet)[0] >> 4 & 1
+
+
+def _timeline(path: str, stream: Any, rows: list[tuple[Any, Any, bool, int]], rotation: int) -> ClipInfo:
+    has_pts = all(row[0] is not None for row in rows)
+    ticks = [row[0] if has_pts else row[1] for row in rows]
+    if any(tick is None for tick in ticks):
+        if not stream.average_rate:
+            raise MediaError(path, errors.NO_RATE, "no timestamps and no frame rate")
+        per_frame = 1 / (stream.average_rate * stream.time_base)
+        ticks = [round(index * per_frame) for index in range(len(rows))]
+    order = np.argsort(np.array(ticks, np.int64), kind="stable")
+    pts = np.array(ticks, np.int64)[order]
+    steps = np.diff(pts)
+    if len(rows) > 1 and (steps.sum() == 0 or stream.time_base == 0):
+        raise MediaError(path, errors.NO_RATE, f"all {len(rows)} frames carry the same time")
+    unit = float(stream.time_base)
+    usual = (
+        float(np.median(steps[steps > 0]))
+        if len(rows) > 1
+        else 1 / float((stream.average_rate or 1) * stream.time_base)
+    )
+    last = rows[int(order[-1])][3]
+    times = (pts - pts[0]) * unit
+    return ClipInfo(
+        path=path,
+        times=times,
+        pts=pts if has_pts else None,
+        keyframes=np.array([row[2] for row in rows])[order],
+        closed=has_pts and _is_closed(ticks, [row[2] for row in rows]),
+        duration=float(times[-1]) + (last if 0 < last < 100 * usual else usual) * unit,
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+        rotation=rotation,
+        codec=stream.codec_context.name,
+    )
+
+
+def _is_closed(ticks: list[Any], keys: list[bool]) -> bool:
+    latest_key = ticks[0]
+    for tick, key in zip(ticks, keys, strict=True):
+        if key:
+            latest_key = tick
+        elif tick < latest_key:
+            return False
+    return keys[0]
+
+
+def _check_complete(path: str, stream: Any, info: ClipInfo) -> None:
+    """A header that promises clearly more than the packets found means that the file's end is missing."""
+    count = len(info.times)
+    if stream.frames > count * 1.02 + 2:
+        raise MediaError(path, errors.TRUNCATED, f"the header says {stream.frames} frames, {count} are there")
+    promised = _promised_seconds(stream)
+    if promised > info.duration * 1.05 + 0.5:
+        raise MediaError(path, errors.TRUNCATED, f"the header says {promised:.2f} s, {info.duration:.2f} s are there")
+
+
+def _promised_seconds(stream: Any) -> float:
+    clock = stream.metadata.get("DURATION", "")
+    try:
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _rotation(path: str, container: Any, stream: Any) -> int:
+    """MP4 and MOV say it in the track header; of other containers the first frame is asked."""
+    if "mp4" in container.format.name:
+        with open(path, "rb") as file:
+            return _track_rotation(file, os.path.getsize(path), stream.id)
+    if "matroska" not in container.format.name:
+        return 0
+    with av.open(path, metadata_errors="ignore") as again:
+        try:
+            frame = next(again.decode(video_stream(path, again)))
+        except (av.FFmpegError, StopIteration) as error:
+            raise MediaError(path, errors.BAD_FRAMES, _short(error)) from error
+        return -round(frame.rotation / 90) * 90 % 360
+
+
+def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start of its content, end) of the MP4 boxes between two offsets."""
+    while start + 8 <= end:
+        file.seek(start)
+        size, name = struct.unpack(">I4s", file.read(8))
+        header = 8
+        if size == 1:
+            size, header = struct.unpack(">Q", file.read(8))[0], 16
+        size = size or end - start
+        if size < header:
+            return
+        yield name, start + header, min(start + size, end)
+        start += size
+
+
+def _track_rotation(file: BinaryIO, size: int, track: int) -> int:
+    for name, start, end in _boxes(file, 0, size):
+        if name != b"moov":
+            continue
+        for inner, at, until in _boxes(file, start, end):
+            if inner != b"trak":
+                continue
+            for deep, begin, _ in _boxes(file, at, until):
+                if deep == b"tkhd":
+                    file.seek(begin)
+                    content = file.read(96)
+                    wide = 12 if content[0] == 1 else 0
+                    number = struct.unpack_from(">I", content, 20 if wide else 12)[0]
+                    if number == track:
+                        a, b = struct.unpack_from(">ii", content, 40 + wide)
+                        return {(0, 1): 90, (-1, 0): 180, (0, -1): 270}.get((_sign(a), _sign(b)), 0)
+    return 0
+
+
+def _sign(value: int) -> int:
+    return (value > 1 << 12) - (value < -(1 << 12))
