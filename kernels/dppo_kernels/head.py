@@ -71,7 +71,7 @@ class Head:
         return max(1, int(budget / per_row / ROW_QUANTUM)) * ROW_QUANTUM
 
     def spans(self) -> list[Span]:
-        """Chunks of about equal size; one (empty) chunk where no row is valid, so that ranks of a group stay in step."""
+        """Chunks of about equal size; without a valid row one empty chunk, so that ranks of a group stay in step."""
         pieces = max(1, -(-self.count // self.limit))
         size = _quantum(-(-self.count // pieces))
         return [(a, min(a + size, self.count)) for a in range(0, max(1, self.count), max(1, size))]

@@ -226,7 +226,7 @@ def _compacted(rows: PolicyRows, rows_n: Tensor) -> PolicyRows:
         rows.old_n.index_select(0, rows_n),
         rows.advantages_n.index_select(0, rows_n),
         rows.mask_n.index_select(0, rows_n),
-        rows.weights_n.index_select(0, rows_n),
+        pick(rows.weights_n),
         pick(rows.ref_n),
         pick(rows.rollout_n),
         pick(rows.sequence_n),

@@ -62,8 +62,8 @@ class PolicyRows:
     advantages_n: Tensor
     mask_n: Tensor
     """bool: rows that count."""
-    weights_n: Tensor
-    """A row's share of the loss, normalizer included; 0 where masked."""
+    weights_n: Tensor | None
+    """A row's share of the loss, normalizer included, 0 where masked; None: a kernel derives it."""
     ref_n: Tensor | None
     rollout_n: Tensor | None
     sequence_n: Tensor | None
@@ -85,7 +85,7 @@ class PolicyRows:
             self.old_n[span],
             self.advantages_n[span],
             self.mask_n[span],
-            self.weights_n[span],
+            cut(self.weights_n),
             cut(self.ref_n),
             cut(self.rollout_n),
             sequence_n,
@@ -130,20 +130,26 @@ def policy_loss(
     """
     options = PolicyOptions(clip_low, clip_high, dual_clip, kl_coef, kl, tis_cap, level, aggregation)
     check_columns(logprobs.shape, old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs)
-    rows = policy_rows(
-        old_logprobs, advantages, mask != 0, ref_logprobs, rollout_logprobs, cu_seqlens, normalizer, options
-    )
-    name = backends.resolve(backend, logprobs)
-    loss, sums_M = _PolicyLoss.apply(logprobs, rows, options, name)
-    return loss, named_metrics(sums_M, rows.mask_n.sum(), options, rows)
+    if backends.resolve(backend, logprobs) == "triton":
+        from dppo_kernels.policy_loss_triton import TritonPolicyLoss
+
+        check_settings(options, cu_seqlens, normalizer)
+        bounds = cu_seqlens if options.by_sequence else None
+        rows = PolicyRows(old_logprobs, advantages, mask, None, ref_logprobs, rollout_logprobs, None, bounds)
+        loss, sums_M, count = TritonPolicyLoss.apply(logprobs, rows, options, normalizer)
+    else:
+        rows = policy_rows(
+            old_logprobs, advantages, mask != 0, ref_logprobs, rollout_logprobs, cu_seqlens, normalizer, options
+        )
+        loss, sums_M = _PolicyLoss.apply(logprobs, rows, options)
+        count = rows.mask_n.sum()
+    return loss, named_metrics(sums_M, count, options, rows)
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logprobs_N: Tensor, rows: PolicyRows, options: PolicyOptions, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        loss, grad_N, sums_M = row_terms(backend)(logprobs_N, rows, options)
+    def forward(ctx: Any, logprobs_N: Tensor, rows: PolicyRows, options: PolicyOptions) -> tuple[Tensor, Tensor]:
+        loss, grad_N, sums_M = torch_terms(logprobs_N, rows, options)
         ctx.save_for_backward(grad_N)
         ctx.dtype = logprobs_N.dtype
         ctx.mark_non_differentiable(sums_M)
@@ -153,7 +159,7 @@ class _PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N,) = ctx.saved_tensors
-        return (grad_N * grad_loss).to(ctx.dtype), None, None, None
+        return (grad_N * grad_loss).to(ctx.dtype), None, None
 
 
 def row_terms(backend: str) -> Any:
@@ -170,11 +176,13 @@ def torch_terms(logprobs_n: Tensor, rows: PolicyRows, options: PolicyOptions) ->
     wide = torch.float64 if logprobs_n.dtype == torch.float64 else torch.float32
     mask_n = rows.mask_n
 
-    def clean(values_n: Tensor) -> Tensor:
+    def clean(values_n: Tensor | None) -> Tensor:
+        if values_n is None:
+            raise ValueError("rows carry no weights: make them with policy_rows")
         return torch.where(mask_n, values_n.to(wide), 0.0)
 
     logprobs_n, old_n, advantages_n = clean(logprobs_n), clean(rows.old_n), clean(rows.advantages_n)
-    weights_n = rows.weights_n.to(wide)
+    weights_n = clean(rows.weights_n)
     log_ratio_n = logprobs_n - old_n
     mismatch_n = None
     if rows.rollout_n is not None and options.tis_cap is not None:
@@ -230,12 +238,9 @@ def policy_rows(
     options: PolicyOptions,
 ) -> PolicyRows:
     """Rows with their share of the loss under the aggregation."""
-    if normalizer is None and options.aggregation == "constant":
-        raise ValueError("normalizer=None with aggregation='constant': give the constant to divide by")
+    check_settings(options, cu_seqlens, normalizer)
     sequence_N, cu_rows, counts_S = None, None, None
-    if options.by_sequence:
-        if cu_seqlens is None:
-            raise ValueError(f"cu_seqlens=None: level={options.level!r}, aggregation={options.aggregation!r} need it")
+    if options.by_sequence and cu_seqlens is not None:
         cu_rows = cu_seqlens.to(device=mask_N.device, dtype=torch.int64)
         if not cu_rows.is_cuda and (int(cu_rows[0]) != 0 or int(cu_rows[-1]) != mask_N.shape[0]):
             raise ValueError(f"cu_seqlens runs {int(cu_rows[0])}..{int(cu_rows[-1])}: expected 0..{mask_N.shape[0]}")
@@ -250,6 +255,14 @@ def policy_rows(
         weights_N = weights_N / counts_S.clamp(min=1)[sequence_N]
     weights_N = (weights_N / normalizer).to(torch.float64 if old_N.dtype == torch.float64 else torch.float32)
     return PolicyRows(old_N, advantages_N, mask_N, weights_N, ref_N, rollout_N, sequence_N, cu_rows)
+
+
+def check_settings(options: PolicyOptions, cu_seqlens: Tensor | None, normalizer: float | Tensor | None) -> None:
+    """What some settings cannot do without."""
+    if normalizer is None and options.aggregation == "constant":
+        raise ValueError("normalizer=None with aggregation='constant': give the constant to divide by")
+    if options.by_sequence and cu_seqlens is None:
+        raise ValueError(f"cu_seqlens=None: level={options.level!r}, aggregation={options.aggregation!r} need it")
 
 
 def cumulated(mask_N: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class VocabShard:
     def of(
         weight_VH: Tensor, group: dist.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
     ) -> VocabShard:
-        """Find this rank's slice. Without both numbers, ranks of a group exchange their sizes (one small collective)."""
+        """Find this rank's slice. Without both numbers, ranks of a group exchange their sizes in a collective."""
         local = weight_VH.shape[0]
         if group is None or dist.get_world_size(group) == 1:
             start = vocab_start or 0
@@ -57,7 +57,7 @@ class VocabShard:
         return gathered.view(self.world, *stats_SC.shape)
 
     def check_targets(self, targets_N: Tensor) -> None:
-        """On CPU a target that no rank owns is an error; on CUDA its row becomes NaN (a check would wait for the GPU)."""
+        """On CPU a target that no rank owns is an error; on CUDA its row becomes NaN: a check would wait for the GPU."""
         if targets_N.is_cuda or targets_N.numel() == 0:
             return
         wrong_N = (targets_N >= self.total) | ((targets_N >= 0) & (targets_N < self.first))
