@@ -121,18 +121,18 @@ def gradient_errors(chunks: Sequence[QwenVL], qwen: QwenConfig, expected: dict[s
     return errors
 
 
-def own_share(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-    """This data-parallel rank's micro-batches, dealt in turn."""
-    return list(batches)[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-
-
 def parity(
-    folder: str, parallel: ParallelConfig, model: ModelConfig, batches: Sequence[PackedBatch], oracle: str
+    folder: str,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    batches: Sequence[PackedBatch],
+    oracle: str,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """On a rank: log-prob and gradient errors of one step against the oracle saved in the file `oracle`."""
     expected = torch.load(oracle)
     qwen, chunks = start_model(folder, parallel, model)
-    wrapped = wrap(chunks)
+    wrapped = wrap(chunks, overlap=overlap)
     mine = list(enumerate(batches))[
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
@@ -148,3 +148,43 @@ def parity(
     worst = max(errors, key=errors.__getitem__, default="none")
     dist.barrier()
     return {"outputs": len(outputs), "logprob": logprob_error, "gradient": errors.get(worst, 0.0), "worst": worst}
+
+
+def training(
+    folder: str,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    batches: Sequence[PackedBatch],
+    weights: str,
+    steps: int,
+) -> dict[str, Any]:
+    """On a rank: losses of AdamW steps with the distributed optimizer, and the largest difference of a weight from
+    those saved in the file `weights`."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    expected = torch.load(weights)
+    qwen, chunks = start_model(folder, parallel, model)
+    wrapped = wrap(chunks, distributed_optimizer=True)
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-4, adam_eps=1e-5, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=True,
+        params_dtype=torch.float32,
+    )  # fmt: skip
+    optimizer = get_megatron_optimizer(settings, wrapped)
+    data_rank, data_ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = list(batches)[data_rank::data_ranks]
+    losses: list[float] = []
+    for _ in range(steps):
+        outputs = run_schedule(wrapped, mine)
+        optimizer.step()
+        pairs = zip(outputs, mine, strict=False)
+        total = torch.tensor([sum(float((lp * batch.columns["weights"]).sum()) for lp, batch in pairs)])
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        dist.all_reduce(total)
+        losses.append(float(total) / tp / sum(len(batch.targets_R) for batch in batches))
+    worst = 0.0
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in named_weights(chunks).items():
+        for piece in WeightMap(qwen)[name].pieces(parameter.data, tp, tp_rank):
+            if piece.numel:
+                worst = max(worst, float((piece.view - piece.of(expected[piece.tensor.name])).abs().max()))
+    return {"losses": losses, "weight": worst}

@@ -57,8 +57,25 @@ def reference_loss(model: Any, items: Sequence[Conversation], qwen: QwenConfig) 
 
 def reference_gradients(model: Any) -> dict[str, Tensor]:
     """Gradients under the checkpoint's own key names."""
-    return {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    return {hf_name(name): parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def reference_training(
+    folder: str, rows: Sequence[Sequence[Conversation]], qwen: QwenConfig, steps: int
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses before each of `steps` AdamW steps over all rows, and the weights after them."""
+    model = load_reference(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss, _ = reference_loss(model, [item for row in rows for item in row], qwen)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def hf_name(name: str) -> str:
+    """The checkpoint's key of a parameter of transformers' model."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
