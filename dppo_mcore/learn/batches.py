@@ -8,29 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dppo_mcore.data.packing import empty_batch
 from dppo_mcore.types import PackedBatch
 
 
-def empty_batch(tokens: int, columns: Sequence[str] = ()) -> PackedBatch:
-    """A micro-batch of `tokens` padding tokens without loss rows: it changes no loss and no gradient."""
-    integers = torch.zeros(tokens, dtype=torch.int64)
-    return PackedBatch(
-        token_ids_L=integers,
-        position_ids_3L=torch.zeros(3, tokens, dtype=torch.int64),
-        segments_L=torch.full((tokens,), -1, dtype=torch.int32),
-        branches_L=torch.zeros(tokens, dtype=torch.int32),
-        loss_rows_R=integers[:0],
-        targets_R=integers[:0],
-        cu_rows=torch.zeros(1, dtype=torch.int32),
-        sequences=(),
-        columns={name: torch.zeros(0) for name in columns},
-    )
-
-
-def fill_up(batches: Sequence[PackedBatch], multiple: int, tokens: int, columns: Sequence[str]) -> list[PackedBatch]:
+def fill_up(
+    batches: Sequence[PackedBatch], multiple: int, pad_multiple: int, columns: Sequence[str]
+) -> list[PackedBatch]:
     """`batches` followed by empty ones up to a positive multiple: every rank runs the schedule at least once."""
     count = max(multiple, -(-len(batches) // multiple) * multiple)
-    return [*batches, *(empty_batch(tokens, columns) for _ in range(count - len(batches)))]
+    return [*batches, *(empty_batch(pad_multiple, columns) for _ in range(count - len(batches)))]
 
 
 def to_device(batch: PackedBatch, device: torch.device, media: bool) -> PackedBatch:

@@ -36,6 +36,7 @@ class Offloader:
     _zeroed: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
     """Gradient buffers, whose contents need no copy."""
     _pinned: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """Host copies by their place in the order of moving, used again next time."""
 
     @property
     def offloaded(self) -> bool:
@@ -91,13 +92,12 @@ class Offloader:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-        key = storage.data_ptr()
         if size == 0 or any(held.untyped_storage()._cdata == storage._cdata for held, _, _ in self._held):
             return 0
-        host = self._pinned.get(key)
+        slot = len(self._held)
+        host = self._pinned.get(slot)
         if host is None or host.numel() != whole.numel() or host.dtype != whole.dtype:
-            host = device.pin(whole)
-            self._pinned[key] = host
+            host = self._pinned[slot] = device.pin(whole)
         else:
             host.copy_(whole, non_blocking=True)
             device.synchronize()

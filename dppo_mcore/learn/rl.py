@@ -70,28 +70,20 @@ def rl_step(state: Learner, groups: Sequence[Group]) -> RlResult:
 def pack(state: Learner, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> list[PackedBatch]:
     """Micro-batches of these groups with their `advantages` and `rollout_logprobs` columns."""
     data = state.config.data
-    size = data.micro_batch_size or max(1, len(groups))
-    batches: list[PackedBatch] = []
-    for first in range(0, len(groups), size):
-        some, values = groups[first : first + size], advantages[first : first + size]
-        answers = [[list(answer.rollout.token_ids) for answer in group.answers] for group in some]
-        columns = {
-            "advantages": [
-                [[value] * len(tokens) for value, tokens in zip(row, group, strict=True)]
-                for row, group in zip(values, answers, strict=True)
-            ],
-            "rollout_logprobs": [[list(answer.rollout.logprobs) for answer in group.answers] for group in some],
-        }
-        batches += pack_groups(
-            [group.prompt for group in some],
-            answers,
-            columns,
-            state.qwen,
-            max_tokens=data.max_tokens_per_micro_batch,
-            share=data.share_prompts,
-            pad_multiple=state.pad_multiple,
-        )
-    return batches
+    return pack_groups(
+        [group.prompt for group in groups],
+        [[answer.rollout.token_ids for answer in group.answers] for group in groups],
+        {
+            "advantages": advantages,
+            "rollout_logprobs": [[answer.rollout.logprobs for answer in group.answers] for group in groups],
+        },
+        state.qwen,
+        data.max_tokens_per_micro_batch,
+        data.share_prompts,
+        state.pad_multiple,
+        indices=[[answer.rollout.index for answer in group.answers] for group in groups],
+        max_groups=data.micro_batch_size,
+    )
 
 
 def _with_logprobs(state: Learner, updates: list[list[PackedBatch]]) -> list[list[PackedBatch]]:

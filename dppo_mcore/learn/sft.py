@@ -36,13 +36,10 @@ def sft_step(state: Learner, conversations: Sequence[Prompt]) -> SftResult:
 def pack(state: Learner, conversations: Sequence[Prompt]) -> list[PackedBatch]:
     """Micro-batches of these conversations."""
     data = state.config.data
-    size = data.micro_batch_size or max(1, len(conversations))
-    batches: list[PackedBatch] = []
-    for first in range(0, len(conversations), size):
-        batches += pack_conversations(
-            conversations[first : first + size],
-            state.qwen,
-            max_tokens=data.max_tokens_per_micro_batch,
-            pad_multiple=state.pad_multiple,
-        )
-    return batches
+    return pack_conversations(
+        conversations,
+        state.qwen,
+        data.max_tokens_per_micro_batch,
+        state.pad_multiple,
+        max_groups=data.micro_batch_size,
+    )

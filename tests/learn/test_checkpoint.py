@@ -1,0 +1,154 @@
+"""Checkpoints: bitwise resume, atomic publication, pruning, other layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dppo_mcore.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from dppo_mcore.learn import checkpoint
+from dppo_mcore.learn.checkpoint import Saver
+from dppo_mcore.learn.loss import CrossEntropy
+from dppo_mcore.learn.state import Learner, build
+from dppo_mcore.learn.step import train_step
+from dppo_mcore.model.weights import iter_hf_weights
+from dppo_mcore.runtime import parallel
+from dppo_mcore.runtime.errors import UserError
+from tests.learn.batches import random_questions
+from tests.learn.exact import cut
+from tests.support.rank_pool import RankPool
+
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+DP2 = ParallelConfig()
+TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+
+
+def make(model: str, layout: ParallelConfig, optimizer: str, dtype: str = "fp32", seed: int = 0) -> Learner:
+    parallel.reinit(layout, seed=seed)
+    options = OptimizerConfig(optimizer=optimizer, lr_schedule="cosine", weight_decay=0.01)
+    state = build(
+        Config(run=RunConfig(model=model), parallel=layout, model=ModelConfig(dtype=dtype), optimizer=options)
+    )
+    state.begin_phase("sft", 1e-3, 8)
+    return state
+
+
+def advance(state: Learner, first: int, count: int) -> list[float]:
+    """Losses of some steps, each on a batch of its own."""
+    losses = []
+    for step in range(first, first + count):
+        questions = random_questions(state.qwen, 4, 2, seed=step)
+        losses.append(train_step(state, cut(questions, "packed", state), CrossEntropy()).loss)
+    return losses
+
+
+def final(state: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in iter_hf_weights(state.models, state.qwen)}
+
+
+def train_and_save(model: str, layout: ParallelConfig, optimizer: str, folder: str, dtype: str = "fp32"):
+    """Two steps, a checkpoint, two more: their losses and the last weights."""
+    state = make(model, layout, optimizer, dtype)
+    advance(state, 0, 2)
+    Saver(Path(folder), background=False).save(state, 2, {"note": [1, 2]})
+    return advance(state, 2, 2), final(state), state.progress
+
+
+def load_and_train(model: str, layout: ParallelConfig, optimizer: str, folder: str, dtype: str = "fp32"):
+    """The same from the checkpoint on, in a learner that has gone elsewhere before."""
+    state = make(model, layout, optimizer, dtype, seed=5)
+    advance(state, 90, 1)
+    extra = checkpoint.load(state, Path(folder))
+    assert extra == {"note": [1, 2]}
+    return advance(state, 2, 2), final(state), state.progress
+
+
+def check(first, second, exact: bool) -> None:
+    (losses, weights, progress), (resumed, reloaded, counted) = first, second
+    assert counted == progress
+    if exact:
+        assert losses == resumed
+        assert all(torch.equal(weights[name], reloaded[name]) for name in weights)
+    else:
+        assert resumed == pytest.approx(losses, abs=2e-5)
+        worst = max(float((weights[name] - reloaded[name]).abs().max()) for name in weights)
+        assert worst < 2e-4
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    parallel.start(ParallelConfig(), seed=0)
+    yield
+    parallel.stop()
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_is_bitwise(optimizer: str, dtype: str, tiny_dir: str, tmp_path: Path) -> None:
+    first = train_and_save(tiny_dir, DP2, optimizer, str(tmp_path), dtype)
+    check(first, load_and_train(tiny_dir, DP2, optimizer, str(tmp_path), dtype), exact=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_every_layout_resumes_and_loads_the_others(
+    optimizer: str, tiny_dir: str, tmp_path: Path, pool2: RankPool
+) -> None:
+    """Bitwise on the layout that wrote it; to rounding on every other, optimizer state included."""
+    layouts = {"dp2": DP2, "tp2": TP2, "pp2": PP2}
+    written = {}
+    for name, layout in layouts.items():
+        folder = str(tmp_path / name)
+        written[name] = pool2.run(train_and_save, tiny_dir, layout, optimizer, folder)[0]
+        check(written[name], pool2.run(load_and_train, tiny_dir, layout, optimizer, folder)[0], exact=True)
+    for source, target in (("dp2", "tp2"), ("tp2", "pp2"), ("pp2", "dp2")):
+        loaded = pool2.run(load_and_train, tiny_dir, layouts[target], optimizer, str(tmp_path / source))[0]
+        check(written[source], loaded, exact=False)
+
+
+@pytest.mark.usefixtures("world")
+def test_latest_keep_and_best(tiny_dir: str, tmp_path: Path) -> None:
+    state = make(tiny_dir, DP2, "adam")
+    saver = Saver(tmp_path, keep=2, background=True)
+    for step, score in enumerate([0.1, 0.9, 0.3, 0.2, None], 1):
+        saver.save(state, step, {}, score)
+        saver.poll()
+    saver.finish()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000005",
+    ]
+    assert checkpoint.latest(tmp_path).name == "step-00000005"
+    assert checkpoint.best(tmp_path).name == "step-00000002"
+    assert not list(tmp_path.glob(".*part*"))
+
+
+@pytest.mark.usefixtures("world")
+def test_a_partial_checkpoint_is_never_loaded(tiny_dir: str, tmp_path: Path) -> None:
+    state = make(tiny_dir, DP2, "adam")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint.load(state, tmp_path)
+    Saver(tmp_path, background=False).save(state, 1, {})
+    half = tmp_path / ".step-00000002.part"
+    half.mkdir()
+    (half / checkpoint.META).write_text(json.dumps({"step": 2}))
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    checkpoint.load(state, tmp_path)
+
+
+@pytest.mark.usefixtures("world")
+def test_weights_only_load_keeps_counters(tiny_dir: str, tmp_path: Path) -> None:
+    state = make(tiny_dir, DP2, "adam")
+    advance(state, 0, 2)
+    expected = final(state)
+    Saver(tmp_path, background=False).save(state, 2, {"loop": 1})
+    other = make(tiny_dir, DP2, "muon")
+    assert checkpoint.load(other, tmp_path, weights_only=True) == {"loop": 1}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final(other).items())
+    assert other.progress.total_steps == 0
