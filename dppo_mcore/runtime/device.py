@@ -6,6 +6,7 @@ CPU tensors: its literal `device="cuda"`, its CUDA RNG states and its device que
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -103,6 +104,8 @@ def _answer_rng_queries() -> None:
     def set_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(new_state)
 
+    # It warns whenever the CPU generator moves inside a fork, which is now the point of forking.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
     torch.cuda.get_rng_state = get_state

@@ -177,7 +177,9 @@ def training(
         outputs = run_schedule(wrapped, mine)
         optimizer.step()
         pairs = zip(outputs, mine, strict=False)
-        total = torch.tensor([sum(float((lp * batch.columns["weights"]).sum()) for lp, batch in pairs)])
+        total = torch.tensor(
+            [sum(float((lp * batch.columns["weights"]).sum()) for lp, batch in pairs)], dtype=torch.float32
+        )
         tp = parallel_state.get_tensor_model_parallel_world_size()
         dist.all_reduce(total)
         losses.append(float(total) / tp / sum(len(batch.targets_R) for batch in batches))
