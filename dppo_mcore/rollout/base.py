@@ -135,7 +135,7 @@ class WeightReceiver(Protocol):
         ...
 
     def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """`sync.fingerprint` of each named tensor as the engine holds it, summed over its ranks."""
+        """`rollout.fingerprint` of each named tensor as the engine holds it, summed over its ranks."""
         ...
 
 

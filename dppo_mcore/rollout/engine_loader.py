@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dppo_mcore.rollout import wire
-from dppo_mcore.sync.fingerprint import add, fingerprint
+from dppo_mcore.rollout.fingerprint import add, fingerprint
 
 LOADER = "dppo_mcore.rollout.engine_loader.load"
 
@@ -40,14 +40,14 @@ def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _load_bucket(model: Any, handle: Mapping[str, Any]) -> None:
-    flat = _cuda_buffer(handle) if "cuda" in handle else wire.attach(handle)
+    flat = cuda_buffer(handle) if "cuda" in handle else wire.attach(handle)
     slots = [wire.Slot.from_json(value) for value in handle["slots"]]
     model.load_weights([(slot.name, slot.view(flat)) for slot in slots])
     if flat.is_cuda:
         torch.cuda.current_stream().synchronize()
 
 
-def _cuda_buffer(handle: Mapping[str, Any]) -> Tensor:
+def cuda_buffer(handle: Mapping[str, Any]) -> Tensor:
     """Open a CUDA IPC handle: uint8 on the device whose UUID it names."""
     import base64
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def media_key(prompt: Prompt) -> tuple[Any, ...]:
     """What a prompt's embeddings depend on: the planned frames and, where decoded, the patches' own content."""
-    from dppo_mcore.sync.fingerprint import fingerprint
+    from dppo_mcore.rollout.fingerprint import fingerprint
 
     return tuple(
         (item.plan.path, item.plan.indices, item.plan.grid, None if item.patches is None else fingerprint(item.patches))

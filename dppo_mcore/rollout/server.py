@@ -109,6 +109,7 @@ class ServerEngine:
         self._tokens = 0
         self._began = time.monotonic()
         self._rids = 0
+        self._damaged = False
 
     def open_client(self) -> EngineClient:
         """Start or reach the server; on the leader."""
@@ -130,6 +131,8 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Rollout]:
         """Yield every answer once; see `base.Engine.generate`."""
+        if self._damaged:
+            raise EngineError(f"engine {self.name}: its last weight sync failed, so its weights are undefined")
         limit, media_ids = self.config.rollout.max_prompt_tokens, banned_ids(self.qwen)
         for request in requests:
             check_prompt(request, limit, media_ids)
@@ -279,6 +282,7 @@ class ServerEngine:
         self.restarts += 1
         log.warning("engine %s is restarted (%d): %s", self.name, self.restarts, reason)
         self.client.close()
+        self._damaged = False
         self._open()
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -338,8 +342,12 @@ class ServerEngine:
         receiver = self.receiver
         assert receiver is not None
         self._on_leader(lambda: receiver.begin(version))
-        if load is not None:
-            load()
+        try:
+            if load is not None:
+                load()
+        except BaseException:
+            self._damaged = True
+            raise
         self._on_leader(lambda: receiver.end(version))
         if not self.config.model.freeze_vision or not self.config.model.freeze_merger:
             self.encoder.clear()

@@ -205,7 +205,7 @@ class SidecarReceiver:
 
     def join_group(self, address: str, port: int, backend: str) -> Any:
         """Form the group of leader and engine ranks."""
-        from dppo_mcore.sync.groups import join
+        from dppo_mcore.rollout.weight_group import join
 
         future = self._sidecar.submit("join_group", address=address, port=port, backend=backend)
         group = join(address, port, backend, 0, 1 + self._engine.config.rollout.rollout_tensor_parallel_size)
@@ -233,5 +233,5 @@ class SidecarReceiver:
         self._sidecar.call("resume")
 
     def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """What the engine holds, per Hugging Face tensor (`sync.fingerprint`)."""
+        """What the engine holds, per Hugging Face tensor (`rollout.fingerprint`)."""
         return self._sidecar.call("fingerprints", shapes={name: list(shape) for name, shape in shapes.items()})

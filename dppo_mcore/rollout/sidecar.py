@@ -139,7 +139,7 @@ class Sidecar:
 
     async def do_fingerprints(self, shapes: dict[str, list[int]]) -> dict[str, int]:
         """Sum over the engine's ranks of each tensor's fingerprint; inside an update only."""
-        from dppo_mcore.sync.fingerprint import add
+        from dppo_mcore.rollout.fingerprint import add
 
         folder = tempfile.mkdtemp(prefix="dppo-fingerprints-")
         try:

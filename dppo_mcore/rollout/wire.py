@@ -8,6 +8,7 @@ Runs in the engine's environment too: torch and the standard library only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -61,16 +62,19 @@ def _read(connection: socket.socket, count: int) -> bytes:
 class SharedBuffer:
     """Anonymous shared memory of this process; freed when it and every mapping of it are gone."""
 
+    _serials = itertools.count()
+
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+        self._serial = next(self._serials)
         self._descriptor = os.memfd_create("dppo", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, max(nbytes, 1))
         self._mapping: mmap.mmap | None = mmap.mmap(self._descriptor, max(nbytes, 1))
 
     @property
     def handle(self) -> dict[str, Any]:
-        """What another process needs to map it."""
-        return {"path": f"/proc/{os.getpid()}/fd/{self._descriptor}", "nbytes": self.nbytes}
+        """What another process needs to map it; `serial` tells buffers apart that reuse a descriptor."""
+        return {"path": f"/proc/{os.getpid()}/fd/{self._descriptor}", "nbytes": self.nbytes, "serial": self._serial}
 
     def bytes(self) -> Tensor:
         """The memory as uint8 [nbytes]."""
@@ -124,13 +128,13 @@ class Slot:
         return cls(value[0], value[1], tuple(value[2]), value[3])
 
 
-def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[list[Slot], int]:
+def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]], alignment: int = ALIGNMENT) -> tuple[list[Slot], int]:
     """Slots for (name, dtype, shape) in order, each aligned, and the bytes they take."""
     slots, offset = [], 0
     for name, dtype, shape in tensors:
         slot = Slot(name, dtype, tuple(shape), offset)
         slots.append(slot)
-        offset += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+        offset += -(-slot.nbytes // alignment) * alignment
     return slots, offset
 
 
