@@ -49,9 +49,9 @@ class Chat:
         """Token ids of plain text; special tokens in it stay text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of an answer, special tokens left out."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def render(self, sample: Sample, answer: str | None = None) -> tuple[list[int], list[bool]]:
         """Token ids and loss mask of a sample; one pad token per medium, not yet expanded.

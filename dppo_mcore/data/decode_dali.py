@@ -49,4 +49,4 @@ class DaliDecoder:
         device_id = self._device.index if self._device.type == "cuda" else None
         with self._ndd.EvalContext(device_id=device_id):
             decoded = self._ndd.decoders.video(encoded, device=self._place, frames=list(indices))
-            return torch.from_dlpack(decoded.evaluate().data if hasattr(decoded, "data") else decoded)
+            return torch.from_dlpack(decoded)

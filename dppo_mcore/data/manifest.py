@@ -184,7 +184,7 @@ def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[
             codes.extend(names[name].setdefault(getattr(sample, name), len(names[name])) for name in LABELS)
     keys = np.frombuffer(hashes, np.uint64)
     order = np.argsort(keys, kind="stable")
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "offsets": np.frombuffer(offsets, np.int64).reshape(-1, 2),
         "lines": np.frombuffer(lines, np.int64),
         "hashes": keys[order],

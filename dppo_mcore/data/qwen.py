@@ -34,7 +34,7 @@ class Processor:
         self.chat = Chat(model_dir)
         self.decoder: Decoder = make_decoder(data.decoder, device or torch.device("cpu"))
         self.cache = PatchCache(data.media_cache_mib << 20)
-        self._plans: OrderedDict[tuple[Media, float | None], FramePlan] = OrderedDict()
+        self.plans: OrderedDict[tuple[Media, float | None], FramePlan] = OrderedDict()
         self.eos_ids = _eos_ids(Path(model_dir), self.chat)
         self.banned_ids = tuple(self.chat.special[token] for token in MEDIA_TOKENS if token in self.chat.special)
         """Tokens an answer may never contain."""
@@ -81,7 +81,7 @@ class Processor:
     def plan_of(self, media: Media, horizon: float | None) -> FramePlan:
         """The medium's plan, remembered."""
         key = (media, horizon)
-        plan = self._plans.get(key)
+        plan = self.plans.get(key)
         if plan is None:
             plan = plan_media(media, self.data, horizon, self.geometry)
             self.remember(media, horizon, plan)
@@ -89,13 +89,13 @@ class Processor:
 
     def remember(self, media: Media, horizon: float | None, plan: FramePlan) -> None:
         """Take over a plan made elsewhere."""
-        self._plans[(media, horizon)] = plan
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.popitem(last=False)
+        self.plans[(media, horizon)] = plan
+        if len(self.plans) > PLANS_KEPT:
+            self.plans.popitem(last=False)
 
     def holds(self, sample: Sample, horizon: float | None) -> bool:
         """Whether the sample's prompt can be made without touching a file."""
-        plans = (self._plans.get((media, horizon)) for media in sample.media)
+        plans = (self.plans.get((media, horizon)) for media in sample.media)
         return all(plan is not None and plan_key(plan) in self.cache for plan in plans)
 
     def _expand(self, sample: Sample, ids: list[int], learnt: list[bool] | None, horizon: float | None) -> Prompt:

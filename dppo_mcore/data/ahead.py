@@ -1,0 +1,317 @@
+"""Prompts decoded ahead of the training loop by worker processes, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dppo_mcore.config import DataConfig
+from dppo_mcore.data import errors
+from dppo_mcore.data.errors import DataError, MediaError
+from dppo_mcore.data.frames import plan_key
+from dppo_mcore.data.patches import normalise
+from dppo_mcore.data.quarantine import Quarantine
+from dppo_mcore.data.qwen import Processor
+from dppo_mcore.data.worker import (
+    Answer,
+    Request,
+    Setup,
+    Task,
+    plan_request,
+    read_message,
+    read_pixels,
+    write_message,
+)
+from dppo_mcore.types import Prompt, PromptMedia
+
+# A clip that takes longer than this has hung its decoder.
+TASK_SECONDS = 300.0
+KILL_WAIT_SECONDS = 10.0
+
+Key = tuple[str, float | None, str | None]
+
+
+class PromptSource:
+    """Makes prompts from requests. Use from one thread; close it, or let the process end.
+
+    `take` and `stream` give None for a damaged sample, which is then in the quarantine. At most `decode_ahead`
+    prompts are decoded and not yet taken.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        data: DataConfig,
+        device: torch.device | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self.processor = Processor(model_dir, data, device)
+        self.quarantine = quarantine or Quarantine()
+        self.counts: Counter[str] = Counter()
+        self.wait_seconds = 0.0
+        self._ahead = max(data.decode_ahead, 1)
+        self._backlog: OrderedDict[Key, Request] = OrderedDict()
+        self._pending: OrderedDict[Key, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = OrderedDict()
+        self._plans: dict[Key, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = {}
+        setup = Setup(str(model_dir), replace(data, media_cache_mib=0), str(device or "cpu"))
+        self._pool = _WorkerPool(setup, data.data_workers, self.processor) if data.data_workers else None
+
+    def prefetch(self, requests: Iterable[Request]) -> None:
+        """Announce requests that will be taken, in this order."""
+        for request in requests:
+            if request.key not in self._pending:
+                self._backlog.setdefault(request.key, request)
+        self._pump()
+
+    def take(self, request: Request) -> Prompt | None:
+        """The decoded prompt; waits for it where it isn't ready."""
+        self._backlog.pop(request.key, None)
+        future = self._pending.pop(request.key, None)
+        if request.sample.id in self.quarantine:
+            prompt = None
+        elif future is None and (self._pool is None or self.processor.holds(request.sample, request.horizon)):
+            prompt = self._here(request)
+        else:
+            if future is None:
+                assert self._pool is not None
+                future = self._pool.submit(Task(_light(request)))
+            prompt = self._finish(request, future)
+        self._pump()
+        return prompt
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Prompt | None]]:
+        """Requests with their prompts, in order; further ones are being decoded meanwhile."""
+        source = iter(requests)
+        window: deque[Request] = deque()
+
+        def refill() -> None:
+            while len(window) <= self._ahead and (request := next(source, None)) is not None:
+                window.append(request)
+                self.prefetch([request])
+
+        def prompts() -> Iterator[tuple[Request, Prompt | None]]:
+            try:
+                while window:
+                    request = window.popleft()
+                    refill()
+                    yield request, self.take(request)
+            finally:
+                self._forget(window)
+
+        refill()
+        return prompts()
+
+    def plan_ahead(self, requests: Iterable[Request]) -> None:
+        """Start planning (no decoding) of requests whose `plan` will be asked for."""
+        if self._pool is None:
+            return
+        for request in requests:
+            known = all((media, request.horizon) in self.processor.plans for media in request.sample.media)
+            if not known and request.key not in self._plans and request.sample.id not in self.quarantine:
+                self._plans[request.key] = self._pool.submit(Task(_light(request), pixels=False))
+
+    def plan(self, request: Request) -> Prompt | None:
+        """The prompt with its frame plans, nothing decoded; None for a damaged sample."""
+        future = self._plans.pop(request.key, None)
+        if request.sample.id in self.quarantine:
+            return None
+        if future is None:
+            try:
+                return plan_request(self.processor, request)
+            except DataError as error:
+                self._damaged(request, error)
+                return None
+        answer, _, _ = self._wait(future)
+        prompt = self._accept(request, answer)
+        return prompt
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the start: clips by backend, refusals, quarantined samples, cache hits, seconds waited."""
+        totals = self.counts + self.processor.decoder.counts
+        damaged = {f"quarantine/{reason}": n for reason, n in self.quarantine.counts.items()}
+        return {**totals, **damaged, "quarantined": len(self.quarantine), "data_wait_s": self.wait_seconds}
+
+    def reset(self) -> None:
+        """Forget what was announced and not taken."""
+        self._backlog.clear()
+        for future in (*self._pending.values(), *self._plans.values()):
+            future.cancel()
+        self._pending.clear()
+        self._plans.clear()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._backlog.clear()
+        if self._pool:
+            self._pool.close()
+
+    def _forget(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self._backlog.pop(request.key, None)
+            future = self._pending.pop(request.key, None)
+            if future:
+                future.cancel()
+
+    def _pump(self) -> None:
+        while self._pool and self._backlog and len(self._pending) < self._ahead:
+            key, request = self._backlog.popitem(last=False)
+            if request.sample.id not in self.quarantine and not self.processor.holds(request.sample, request.horizon):
+                self._pending[key] = self._pool.submit(Task(_light(request)))
+
+    def _here(self, request: Request) -> Prompt | None:
+        began = time.perf_counter()
+        cached = self._pool is not None
+        try:
+            prompt = self.processor.load(plan_request(self.processor, request))
+        except DataError as error:
+            self._damaged(request, error)
+            return None
+        if cached:
+            self.counts["decode/cached"] += len(prompt.media)
+        else:
+            self.wait_seconds += time.perf_counter() - began
+        return prompt
+
+    def _wait(self, future: Future[Any]) -> Any:
+        began = time.perf_counter()
+        result = future.result()
+        self.wait_seconds += time.perf_counter() - began
+        return result
+
+    def _finish(self, request: Request, future: Future[Any]) -> Prompt | None:
+        answer, pixels, patches = self._wait(future)
+        prompt = self._accept(request, answer)
+        if prompt is None:
+            return None
+        for media, pixels_PV in zip(prompt.media, pixels, strict=True):
+            self.processor.cache.put(plan_key(media.plan), pixels_PV)
+        decoded = tuple(PromptMedia(item.plan, ready) for item, ready in zip(prompt.media, patches, strict=True))
+        return replace(prompt, media=decoded)
+
+    def _accept(self, request: Request, answer: Answer) -> Prompt | None:
+        if answer.failure:
+            raise RuntimeError(f"sample {request.sample.id}: a data worker failed:\n{answer.failure}")
+        self.counts.update(answer.counts or {})
+        if answer.error is not None:
+            self._damaged(request, answer.error)
+            return None
+        assert answer.prompt is not None
+        for media, planned in zip(request.sample.media, answer.prompt.media, strict=True):
+            self.processor.remember(media, request.horizon, planned.plan)
+        return replace(answer.prompt, sample=request.sample)
+
+    def _damaged(self, request: Request, error: DataError) -> None:
+        self.quarantine.add(request.sample.id, error)
+
+
+def _light(request: Request) -> Request:
+    """Without what only scorers need: a mask needn't travel to a decoder and back."""
+    return replace(request, sample=replace(request.sample, extras={}, gold=None))
+
+
+class _WorkerPool:
+    """One thread per worker process; a thread takes tasks and waits for its process."""
+
+    def __init__(self, setup: Setup, count: int, processor: Processor) -> None:
+        self._setup = setup
+        self._geometry = processor.geometry
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker(setup) for _ in range(count)]
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="data")
+
+    def submit(self, task: Task) -> Future[tuple[Answer, list[Tensor], list[Tensor]]]:
+        return self._threads.submit(self._run, task)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+
+    def _run(self, task: Task) -> tuple[Answer, list[Tensor], list[Tensor]]:
+        """Answer, pixels as bytes, normalised patches. A crash is tried again once in a fresh process."""
+        worker = self._idle.get()
+        try:
+            for _ in range(2):
+                try:
+                    answer, pixels = worker.ask(task)
+                except (EOFError, OSError):
+                    worker.restart()
+                else:
+                    return answer, pixels, [normalise(pixels_PV, self._geometry) for pixels_PV in pixels]
+        finally:
+            self._idle.put(worker)
+        paths = ", ".join(media.path for media in task.request.sample.media)
+        return Answer(None, error=MediaError(paths, errors.CRASH, "twice, or no answer in time")), [], []
+
+
+class _Worker:
+    """A decoding process."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._process: subprocess.Popen[bytes] | None = self._start()
+
+    def ask(self, task: Task) -> tuple[Answer, list[Tensor]]:
+        """Send a task, wait for its answer; EOFError or OSError where the process died or hung."""
+        process = self._process = self._process or self._start()
+        assert process.stdin and process.stdout
+        watchdog = threading.Timer(TASK_SECONDS, process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            write_message(process.stdin, task)
+            process.stdin.flush()
+            answer: Answer = read_message(process.stdout)
+            return answer, [read_pixels(process.stdout, shape) for shape in answer.shapes]
+        finally:
+            watchdog.cancel()
+
+    def restart(self) -> None:
+        """The next task gets a fresh process."""
+        self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """End the process."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait(KILL_WAIT_SECONDS)
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe:
+                    pipe.close()
+            except OSError:
+                pass
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        import dppo_mcore
+
+        root = str(Path(dppo_mcore.__file__).parents[1])
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dppo_mcore.data.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert process.stdin
+        write_message(process.stdin, self._setup)
+        process.stdin.flush()
+        return process
