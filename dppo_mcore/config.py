@@ -302,6 +302,18 @@ class PracticeConfig:
     """Requests in flight at the teacher."""
     teacher_budget: int = 0
     """Most teacher requests per run; 0 is no bound."""
+    teacher_requests_per_minute: float = 0.0
+    """Most requests a minute to the teacher; 0 is no bound (Retry-After is kept to either way)."""
+    teacher_timeout_s: float = 300.0
+    """Longest wait for one answer of the teacher."""
+    teacher_patience_s: float = 3600.0
+    """Time without any answer after which the phase goes on with what there is. [ours]"""
+    teacher_max_tokens: int = 2048
+    """Longest answer asked of the teacher."""
+    teacher_temperature: float = 0.7
+    """The teacher's sampling temperature."""
+    teacher_vote: float = 0.0
+    """Share of a sample's answers that must agree with an answer for it to be kept; 0 is no vote. [ours]"""
     teacher_media: Literal["frames", "video"] = "frames"
     """Send frames as images, or the clip."""
     teacher_show_gold: bool = False

@@ -131,6 +131,16 @@ class RolloutRecords(LedgerBase):
         """Every answer ever given to a sample, in order of writing."""
         return list(self._read("WHERE r.sample = ? ORDER BY r.key", self.sample_key(sample_id)))
 
+    def verified(self, sample_id: str) -> tuple[str, str, int] | None:
+        """(text, phase, step) of the sample's best verified answer: well formed, newest, then shortest; or None."""
+        row = self.connection.execute(
+            "SELECT p.text, h.name, r.step FROM rollouts r JOIN payloads p USING (key) JOIN phases h ON h.key = r.phase "
+            "WHERE r.sample = ? AND r.success AND r.finish = 'stop' AND json_extract(p.parts, '$.format') >= 1 "
+            "ORDER BY r.phase DESC, r.step DESC, r.tokens, r.idx LIMIT 1",
+            (self.sample_key(sample_id),),
+        ).fetchone()
+        return None if row is None else (unpack_text(row[0]), row[1], row[2])
+
     def all_rollouts(self, phase: str | None = None) -> Iterator[RolloutRow]:
         """Stream of all answers (of a phase), in order of writing."""
         if phase is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dppo_mcore.rewards import affordance, boxes, counting, exact, planning, prediction, success, temporal
-from dppo_mcore.rewards.extraction import final_answer
+from dppo_mcore.rewards.extraction import BOXED, final_answer
 from dppo_mcore.rewards.format import Structure, format_reward
 from dppo_mcore.rewards.registry import scorer_of
 from dppo_mcore.types import Rollout, Sample, ScoredRollout
@@ -28,6 +28,14 @@ class Rubric:
 
 
 DEFAULT_RUBRIC = Rubric()
+
+
+def _plain_gold(sample: Sample) -> Sample:
+    """A gold answer that is a whole reference answer (thought, tags, box) stands for its final answer."""
+    gold = sample.gold
+    if isinstance(gold, str) and ("<answer>" in gold or BOXED in gold or "</think>" in gold):
+        return replace(sample, gold=final_answer(gold))
+    return sample
 
 
 class Score(NamedTuple):
@@ -51,7 +59,7 @@ def failed(error: str) -> Score:
 def score(sample: Sample, text: str, rubric: Rubric = DEFAULT_RUBRIC) -> Score:
     """Score an answer. A scorer that raises gives 0 and its error; nothing an answer holds raises here."""
     try:
-        task = float(scorer_of(sample.objective)(sample, final_answer(text)))
+        task = float(scorer_of(sample.objective)(_plain_gold(sample), final_answer(text)))
     except Exception as error:
         return failed(f"{type(error).__name__}: {error}"[:2000])
     if not math.isfinite(task):

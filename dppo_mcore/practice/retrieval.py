@@ -1,0 +1,157 @@
+"""Samples related to a weakness: same dimension and task first, then the nearest question.
+
+Nearness is the cosine of TF-IDF vectors (numpy, an inverted index), or of a local embedding model's vectors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dppo_mcore.types import Sample
+
+_TOKEN = re.compile(r"[^\W_]+")
+_MARKER = re.compile(r"<(?:image|video)>")
+
+
+class TextIndex(Protocol):
+    """Similarity of a query to every indexed text, [N] in [-1, 1]."""
+
+    def similarity(self, text: str) -> np.ndarray: ...
+
+
+def question_of(sample: Sample) -> str:
+    """The user's words of a sample."""
+    return _MARKER.sub(" ", "\n".join(turn.content for turn in sample.turns if turn.role == "user"))
+
+
+class TfIdf:
+    """TF-IDF vectors of texts behind an inverted index: a query costs as much as its words' postings."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._terms: dict[str, int] = {}
+        documents, terms, counts = [], [], []
+        for number, text in enumerate(texts):
+            seen: dict[int, int] = {}
+            for word in _TOKEN.findall(text.lower()):
+                term = self._terms.setdefault(word, len(self._terms))
+                seen[term] = seen.get(term, 0) + 1
+            documents += [number] * len(seen)
+            terms += seen.keys()
+            counts += seen.values()
+        self.size = len(texts)
+        document_P, term_P = np.array(documents, dtype=np.int32), np.array(terms, dtype=np.int32)
+        frequency_V = np.bincount(term_P, minlength=len(self._terms))
+        self._idf_V = np.log((1 + self.size) / (1 + frequency_V)) + 1
+        weight_P = (1 + np.log(np.array(counts, dtype=np.float64))) * self._idf_V[term_P]
+        norm_N = np.sqrt(np.bincount(document_P, weight_P**2, minlength=self.size))
+        order_P = np.argsort(term_P, kind="stable")
+        self._document_P = document_P[order_P]
+        self._weight_P = (weight_P / norm_N[document_P])[order_P]
+        self._start_V = np.concatenate([[0], np.cumsum(frequency_V)])
+
+    def similarity(self, text: str) -> np.ndarray:
+        """Cosine with every text."""
+        counts: dict[int, int] = {}
+        norm, scores_N = 0.0, np.zeros(self.size)
+        for word in _TOKEN.findall(text.lower()):
+            if word in self._terms:
+                counts[self._terms[word]] = counts.get(self._terms[word], 0) + 1
+        for term, count in counts.items():
+            weight = (1 + np.log(count)) * self._idf_V[term]
+            norm += weight**2
+            span = slice(self._start_V[term], self._start_V[term + 1])
+            scores_N[self._document_P[span]] += weight * self._weight_P[span]
+        return scores_N / np.sqrt(norm) if norm else scores_N
+
+
+class Embeddings:
+    """Vectors of a local embedding model (a Hugging Face directory), mean over tokens, normalised."""
+
+    def __init__(self, texts: Sequence[str], model: str, batch: int = 64) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network = AutoModel.from_pretrained(model).eval()
+
+        def embed(chunk: Sequence[str]) -> np.ndarray:
+            inputs = tokenizer(list(chunk), padding=True, truncation=True, max_length=512, return_tensors="pt")
+            with torch.no_grad():
+                hidden_BLH = network(**inputs).last_hidden_state.float()
+            mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
+            mean_BH = (hidden_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
+            return torch.nn.functional.normalize(mean_BH, dim=-1).numpy()
+
+        self._embed: Callable[[Sequence[str]], np.ndarray] = embed
+        parts = [embed(texts[at : at + batch]) for at in range(0, len(texts), batch)]
+        self._vectors_NH = np.concatenate(parts) if parts else np.zeros((0, 1))
+
+    def similarity(self, text: str) -> np.ndarray:
+        """Cosine with every text."""
+        return self._vectors_NH @ self._embed([text])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """A retrieved sample, and what it was retrieved for."""
+
+    sample: Sample
+    weak_id: str
+    similarity: float
+    same_dimension: bool
+    same_task: bool
+
+    def why(self) -> str:
+        """One line for the ledger."""
+        shared = [name for name, same in (("dimension", self.same_dimension), ("task", self.same_task)) if same]
+        return f"related to weak {self.weak_id}: same {' and '.join(shared) or 'wording'}, similarity {self.similarity:.2f}"
+
+
+def retrieve(weak: Sequence[Sample], pool: Iterable[Sample], *, neighbours: int = 4, model: str = "") -> list[Related]:
+    """Up to `neighbours` samples of `pool` per weak sample, each at most once over all.
+
+    `pool` should hold neither the weak samples (those are skipped) nor those RL already practised. Rank: dimension and
+    task the same, then task, then dimension, then neither; within a rank the nearest first, ties in the pool's order.
+    """
+    weak_ids = {sample.id for sample in weak}
+    candidates = [sample for sample in pool if sample.id not in weak_ids]
+    if not weak or not candidates or neighbours <= 0:
+        return []
+    texts = [question_of(sample) for sample in candidates]
+    index: TextIndex = Embeddings(texts, model) if model else TfIdf(texts)
+    codes: dict[str, int] = {}
+    task_N = np.array([codes.setdefault("t" + s.objective, len(codes)) for s in candidates])
+    dimension_N = np.array([codes.setdefault("d" + s.dimension, len(codes)) for s in candidates])
+    free_N = np.ones(len(candidates), dtype=bool)
+    found: list[Related] = []
+    for sample in weak:
+        similarity_N = index.similarity(question_of(sample))
+        same_task_N = task_N == codes.get("t" + sample.objective, -1)
+        same_dimension_N = (dimension_N == codes.get("d" + sample.dimension, -1)) & bool(sample.dimension)
+        # Cosines are at most 1, so ranks 4 apart never mix.
+        score_N = similarity_N + 8.0 * same_task_N + 4.0 * same_dimension_N
+        score_N = np.where(free_N, score_N, -np.inf)
+        top = min(neighbours, int(free_N.sum()))
+        if top == 0:
+            break
+        for place in _best(score_N, top):
+            free_N[place] = False
+            found.append(
+                Related(
+                    candidates[place], sample.id, float(similarity_N[place]), bool(same_dimension_N[place]),
+                    bool(same_task_N[place]),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _best(score_N: np.ndarray, count: int) -> list[int]:
+    """Places of the `count` largest, largest first, ties by place."""
+    edge = np.partition(score_N, -count)[-count]
+    places = np.flatnonzero(score_N >= edge)
+    return places[np.lexsort((places, -score_N[places]))][:count].tolist()
