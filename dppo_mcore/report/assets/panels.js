@@ -1,0 +1,189 @@
+// The overview: one function per section.
+const body = (name) => document.querySelector(`#${name} .body`);
+const lead = (text) => node("p", { cls: "lead" }, text);
+const held = DATA.evaluations.filter((entry) => !isGeneral(entry.name));
+const general = DATA.evaluations.filter((entry) => isGeneral(entry.name));
+const stages = (list) => { // last evaluation of each phase, and the very first
+  const last = new Map();
+  list.forEach((entry) => last.set(entry.phase, entry));
+  return [...last.values()];
+};
+const change = (from, to) => `${to >= from ? "+" : "−"}${(100 * Math.abs(to - from)).toFixed(1)} points`;
+
+function summary() {
+  const { facts } = DATA;
+  const [first, last] = [held[0], held[held.length - 1]];
+  const title = !first ? "No evaluation yet" : held.length === 1 ? `Held-out success stands at ${percent(first.all.p, 1)}`
+    : `Held-out success went from ${percent(first.all.p, 1)} to ${percent(last.all.p, 1)}`;
+  document.getElementById("h-summary").textContent = title;
+  const figures = [];
+  const add = (name, value, small, cls) => figures.push(node("div", {}, node("dt", {}, name), node("dd", { cls }, value, small ? node("small", {}, small) : null)));
+  if (last) {
+    const sure = last.all.low > first.all.high;
+    add("Held-out success", percent(last.all.p, 1), `95%: ${percent(last.all.low, 1)} to ${percent(last.all.high, 1)}`);
+    add("Change", change(first.all.p, last.all.p), held.length < 2 ? "one evaluation so far" : sure ? "the intervals are apart" : "the intervals overlap", last.all.p >= first.all.p ? "up" : "down");
+  }
+  if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(general[0].all.p, general[general.length - 1].all.p)} since the start`);
+  add("Rollouts", compact(facts.rollouts), `${compact(facts.tokens)} tokens`);
+  const done = DATA.phases.filter((phase) => phase.state === "done").length;
+  add("Phases done", `${done} of ${DATA.phases.length}`, DATA.phases.find((phase) => phase.state === "running")?.name);
+  if (facts.ended > facts.started) add("Wall time", duration(facts.ended - facts.started));
+  body("summary").append(node("dl", { cls: "figures" }, figures));
+}
+
+function timeline() {
+  const shown = DATA.phases.filter((phase) => phase.started_at);
+  if (!shown.length) { body("timeline").append(lead("No phase has started.")); return; }
+  const from = Math.min(...shown.map((phase) => phase.started_at));
+  const to = Math.max(...shown.map((phase) => phase.ended_at || DATA.made));
+  const [width, line] = [1160, 30];
+  const svg = canvas(width, shown.length * line + 34);
+  const x = scale([0, to - from], [150, width - 20]);
+  for (const value of ticks(0, to - from, 8)) {
+    svg.append(shape("line", { cls: "gridline", x1: x(value), x2: x(value), y1: 0, y2: shown.length * line + 6 }));
+    svg.append(shape("text", { x: x(value), y: shown.length * line + 22, "text-anchor": "middle" }, duration(value).replace(/ 0 (s|min)$/, "")));
+  }
+  shown.forEach((phase, k) => {
+    const start = x(phase.started_at - from), end = x((phase.ended_at || DATA.made) - from);
+    const [fill] = kindOf(phase.kind);
+    svg.append(shape("text", { cls: "strong", x: 138, y: k * line + 19, "text-anchor": "end" }, phase.name));
+    svg.append(withTip(shape("rect", { x: start, y: k * line + 5, width: Math.max(3, end - start), height: 20, rx: 4, style: `fill:${fill}` }),
+      `${phase.name} (${phase.state})\n${duration((phase.ended_at || DATA.made) - phase.started_at)}${phase.horizon ? `, clips up to ${phase.horizon} s` : ""}\n${phase.reason || ""}`));
+  });
+  const rows = DATA.phases.map((phase) => [phase.name, phase.kind, phase.state, phase.horizon ? `${phase.horizon} s` : "",
+    phase.start_step === null ? "" : `${phase.start_step} to ${phase.end_step ?? "…"}`, phase.rollouts || null,
+    phase.started_at ? duration((phase.ended_at || DATA.made) - phase.started_at) : "", phase.reason]);
+  body("timeline").append(lead("Reinforcement learning finds what the model can't do, supervised refinement repairs it, clips get longer, and round again."),
+    figure({ title: "Wall time", drawing: svg, legend: [...new Set(shown.map((phase) => kindOf(phase.kind)[1]))].map((name) => ({ name, color: Object.values(KIND).find((kind) => kind[1] === name)?.[0] || "var(--c8)" })),
+      label: `Phases: ${shown.map((phase) => `${phase.name} ${duration((phase.ended_at || DATA.made) - phase.started_at)}`).join(", ")}`,
+      columns: ["phase", "kind", "state", "clips", "steps", "rollouts", "time", "why it ended"], rows }));
+}
+
+function progress() {
+  const into = body("progress");
+  if (!held.length) { into.append(lead("No evaluation was recorded yet.")); return; }
+  into.append(lead("Greedy answers on held-out questions after each phase, with 95% Wilson intervals."));
+  const points = stages(held);
+  const shades = (k) => .35 + .65 * (points.length < 2 ? 1 : k / (points.length - 1));
+  const names = Object.keys(points[points.length - 1].objective).sort();
+  const bars = (name, pick, fill) => points.filter((entry) => pick(entry)).map((entry, k) => {
+    const share = pick(entry);
+    return { name: entry.phase, color: fill, opacity: shades(k), value: share.p, low: share.low, high: share.high, n: share.n };
+  });
+  into.append(groupedBars({ title: "By objective, phase after phase", note: "Within a group from left to right: after each phase; the first is the start.",
+    groups: [{ name: "all", bars: bars("all", (entry) => entry.all, "var(--c8)") },
+      ...names.map((name) => ({ name, bars: bars(name, (entry) => entry.objective[name], colorOf(name)) }))] }));
+  const grid = node("div", { cls: "grid two" });
+  const axes = Object.keys(points[points.length - 1].dimension).sort();
+  const [first, last] = [points[0], points[points.length - 1]];
+  if (axes.length > 2) {
+    const of = (entry) => axes.map((name) => entry.dimension[name]?.p ?? 0);
+    const series = [{ name: first.phase, color: "var(--c8)", values: of(first) }];
+    if (last !== first) series.push({ name: last.phase, color: "var(--c0)", values: of(last) });
+    grid.append(radar({ title: "By capability dimension", note: "First and last evaluation.", axes, series }));
+  }
+  grid.append(forgetting());
+  into.append(grid);
+}
+
+function forgetting() {
+  const points = stages(general);
+  if (!points.length) return node("div", { cls: "card" }, node("h3", {}, "Forgetting"), node("p", { cls: "note" }, "No general set was evaluated (eval_general_data)."));
+  const bars = points.map((entry, k) => ({ name: entry.phase, color: "var(--c8)", opacity: .4 + .6 * (k + 1) / points.length, value: entry.all.p, low: entry.all.low, high: entry.all.high, n: entry.all.n }));
+  const drop = points[points.length - 1].all.p - points[0].all.p;
+  return groupedBars({ title: "Forgetting: the general set", note: `${change(0, drop)} from the first to the last evaluation; questions that have nothing to do with the training pool.`,
+    groups: bars.map((bar) => ({ name: bar.name, bars: [bar] })), size: [540, 300] });
+}
+
+function practice() {
+  const into = body("practice");
+  const colors = DATA.rateClasses.map((_, k) => `var(--r${k})`);
+  into.append(lead("Each prompt's group of answers has a success rate. What stays at “never” is what the model can't do yet; what is “always” has nothing left to teach. Reinforcement learning ends when the stagnation score reaches its threshold."));
+  const grid = node("div", { cls: "grid two" });
+  for (const entry of DATA.success) {
+    if (entry.steps.length > 1) grid.append(shareArea({ title: `${entry.phase}: success rates of groups`, note: `${whole(entry.groups)} groups, share per step`, columns: entry.steps, classes: DATA.rateClasses, colors }));
+  }
+  for (const entry of DATA.success) {
+    const series = Object.keys(entry.objective).sort().map((name) => ({ name, color: colorOf(name), points: entry.objective[name] }));
+    if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, series, floor: 0, ceiling: 1, format: percent }));
+  }
+  into.append(grid, ...stagnation());
+}
+
+function stagnation() {
+  const { series } = DATA.curves;
+  const found = Object.keys(series).filter((name) => name.startsWith("rl/stagnation/"));
+  const decided = DATA.decisions.filter((one) => one.numbers.tasks && one.numbers.score !== undefined);
+  const parts = [];
+  if (series["rl/stagnation"]) {
+    const lines = [{ name: "S over all", color: "var(--ink)", points: series["rl/stagnation"] },
+      ...found.map((name) => ({ name: name.slice(14), color: colorOf(name.slice(14)), points: series[name], faint: true }))];
+    parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective and over all.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold(), name: `ends at ${threshold()}` },
+      bands: bands(), moments: decided.map((one) => ({ at: one.step, name: "" })), format: (value) => value.toFixed(2), size: [1160, 280] }));
+  }
+  for (const one of decided.slice(-8)) {
+    const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, +task.score.toFixed(3), percent(task.success, 1), +task.extremity.toFixed(3), +task.flatness.toFixed(3),
+      task.change === null ? "" : `${(100 * task.change).toFixed(1)} ± ${(100 * task.error).toFixed(1)} points`, `${task.window} steps, ${whole(task.prompts)} prompts`]);
+    parts.push(node("div", { cls: "card" }, node("h3", {}, `${one.phase}, step ${one.step}: S = ${one.numbers.score.toFixed(2)}`), node("p", { cls: "note" }, one.reason),
+      scrollTable(["objective", "S", "success", "extremity", "flatness", "change", "window"], rows, `Stagnation of ${one.phase}`)));
+  }
+  return parts.length ? [node("div", { cls: "grid" }, parts)] : [];
+}
+
+const threshold = () => +(/stagnation_threshold:\s*([\d.]+)/.exec(DATA.facts.config)?.[1] ?? .7);
+const bands = () => Object.entries(DATA.curves.spans).map(([name, [from, to]]) => ({ from, to, name, color: kindOf(DATA.phases.find((phase) => phase.name === name)?.kind || name)[0] }));
+
+const CURVES = [
+  ["Reward", ["rl/reward", "rl/success", "rl/format"]], ["KL", ["rl/kl_ref", "rl/kl_old", "rl/kl_rollout"]], ["Entropy", ["rl/entropy"]],
+  ["Answer length", ["rl/response_tokens"]], ["Groups", ["rl/live_groups", "rl/all_pass", "rl/all_fail"]], ["Clipped tokens", ["rl/clip_fraction_low", "rl/clip_fraction_high"]],
+  ["RL loss", ["rl/loss"]], ["SFT loss", ["sft/loss"]], ["Gradient norm", ["train/grad_norm"]], ["Learning rate", ["train/lr"]], ["Cut off answers", ["rl/truncated"]], ["Throughput", ["train/tokens_per_s"]],
+];
+
+function curves() {
+  const grid = node("div", { cls: "grid three" });
+  for (const [title, names] of CURVES) {
+    const series = names.filter((name) => DATA.curves.series[name]?.length).map((name, k) => ({ name: name.split("/")[1].replaceAll("_", " "), color: color(k), points: DATA.curves.series[name] }));
+    if (series.length) grid.append(lineChart({ title, series, bands: bands(), size: [360, 210], floor: title === "Groups" || title === "Reward" ? 0 : undefined }));
+  }
+  body("curves").append(grid.children.length ? grid : lead("metrics.jsonl has no curves yet."));
+}
+
+function time() {
+  const into = body("time");
+  const names = [...new Set(Object.values(DATA.curves.seconds).flatMap(Object.keys))].filter((name) => name !== "step" && name !== "total").sort();
+  const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length);
+  const grid = node("div", { cls: "grid two" });
+  if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
+  const used = DATA.curves.series["train/mfu"];
+  if (used) grid.append(lineChart({ title: "Arithmetic: share of the device's peak", note: "Model FLOPs of each step, vision tower included, over its time and the device's peak.", series: [{ name: "MFU", color: "var(--c2)", points: used }], floor: 0, bands: bands(), format: (value) => percent(value, 1) }));
+  const speed = DATA.curves.series["train/tokens_per_s"];
+  if (speed && !used) grid.append(lineChart({ title: "Tokens per second", series: [{ name: "tokens/s", color: "var(--c2)", points: speed }], floor: 0, bands: bands() }));
+  into.append(grid.children.length ? grid : lead("No stage times were logged yet."));
+}
+
+function corpus() {
+  const into = body("corpus");
+  const { items, teacher, buffers } = DATA.corpus;
+  into.append(lead("What the model failed goes to the teacher; verified answers, related samples and general data make the corpus of the next refinement."));
+  const grid = node("div", { cls: "grid two" });
+  const colors = { weak: "var(--c1)", retrieved: "var(--c4)", general: "var(--c8)" };
+  const gather = (list, row, part, value, paint) => [...new Set(list.map((one) => one[row]))].map((name) => ({ name, parts: [...new Set(list.map((one) => one[part]))].map((key) => ({ name: key, color: paint(key), value: list.filter((one) => one[row] === name && one[part] === key).reduce((sum, one) => sum + one[value], 0) })).filter((one) => one.value) }));
+  if (items.length) {
+    grid.append(stackedBars({ title: "Corpus by source, in tokens", rows: gather(items, "phase", "source", "tokens", (key) => colors[key] || "var(--c6)") }));
+    grid.append(stackedBars({ title: "Corpus by objective, in samples", rows: gather(items, "phase", "objective", "count", colorOf) }));
+  }
+  if (buffers.length) {
+    const statuses = [...new Set(buffers.map((one) => one.status))];
+    grid.append(stackedBars({ title: "What became of the pool", note: "Samples by status when a loop's buffer was made.", rows: gather(buffers, "phase", "status", "count", (key) => color(statuses.indexOf(key))) }));
+  }
+  if (teacher.length) grid.append(node("div", { cls: "card" }, node("h3", {}, "The teacher"), scrollTable(["phase", "samples asked", "answers", "verified", "kept", "errors"], teacher.map((one) => [one.phase, one.samples, one.answers, one.verified, one.kept, one.errors]), "The teacher's answers")));
+  if (grid.children.length) into.append(grid);
+  else into.append(lead("No refinement phase has run yet."));
+}
+
+function details() {
+  const into = body("details");
+  if (DATA.decisions.length) into.append(scrollTable(["phase", "step", "decision", "reason"], DATA.decisions.map((one) => [one.phase, one.step, one.kind, one.reason]), "Decisions"));
+  if (DATA.facts.quarantine.length) into.append(node("h3", { style: "margin-top:18px" }, "Media set aside"), scrollTable(["file", "reason"], DATA.facts.quarantine.map((one) => [one.path, one.reason]), "Media set aside"));
+  if (DATA.facts.config) into.append(node("details", { cls: "card", style: "margin-top:14px" }, node("summary", {}, "Resolved configuration"), node("pre", { tabindex: "0", "aria-label": "Resolved configuration", role: "region" }, DATA.facts.config)));
+}

@@ -1,0 +1,27 @@
+// Plain tables. Numbers align right; a cell may be a node.
+function table(columns, rows) {
+  const numeric = columns.map((_, k) => rows.length > 0 && rows.every((row) => typeof row[k] === "number" || row[k] === null));
+  const cell = (value) => (value instanceof Node ? value : typeof value === "number" ? compact(value) : value ?? "");
+  return node("table", {},
+    node("thead", {}, node("tr", {}, columns.map((name, k) => node("th", { scope: "col", cls: numeric[k] ? "n" : null }, name)))),
+    node("tbody", {}, rows.map((row) => node("tr", {}, row.map((value, k) =>
+      node("td", { cls: numeric[k] ? "n" : null }, cell(value)))))));
+}
+
+function scrollTable(columns, rows, label) {
+  return node("div", { cls: "scroll", tabindex: "0", role: "region", "aria-label": label }, table(columns, rows));
+}
+
+const color = (k) => `var(--c${k % 9})`;
+const GENERAL = "general";
+const isGeneral = (name) => name.includes(GENERAL);
+
+// A color per objective, the same in every figure.
+const objectives = [...new Set([
+  ...DATA.evaluations.filter((entry) => !isGeneral(entry.name)).flatMap((entry) => Object.keys(entry.objective)),
+  ...DATA.success.flatMap((entry) => Object.keys(entry.objective)),
+])].sort();
+const colorOf = (objective) => (isGeneral(objective) ? "var(--c8)" : color(Math.max(0, objectives.indexOf(objective))));
+
+const KIND = { sft: ["var(--c1)", "SFT"], rl: ["var(--c0)", "RL"], buffer: ["var(--c4)", "buffer"], evaluate: ["var(--c2)", "evaluation"] };
+const kindOf = (kind) => KIND[Object.keys(KIND).find((name) => kind.toLowerCase().includes(name))] || ["var(--c8)", kind];

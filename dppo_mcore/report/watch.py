@@ -1,0 +1,68 @@
+"""The report of a running run, served on loopback and made anew when the run has written something."""
+
+from __future__ import annotations
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from dppo_mcore.report.blocks import Limits
+from dppo_mcore.report.page import build
+from dppo_mcore.report.read import state_token
+
+REBUILD_SECONDS = 5.0
+"""A page is not made anew more often."""
+
+
+class LiveReport:
+    """The newest page and the state of the run it shows."""
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder, self.limits = folder, limits
+        self._lock = threading.Lock()
+        self._page = b""
+        self._token = ""
+        self._built = float("-inf")
+
+    def token(self) -> str:
+        """What the page should show: changes at most every `REBUILD_SECONDS`."""
+        if time.monotonic() - self._built < REBUILD_SECONDS:
+            return self._token
+        return state_token(self.folder)
+
+    def page(self) -> bytes:
+        """The page, made anew if the run went on."""
+        with self._lock:
+            token = self.token()
+            if token != self._token:
+                self._page = build(self.folder, self.limits, live=True).encode("utf-8")
+                self._token, self._built = token, time.monotonic()
+            return self._page
+
+
+def make_server(folder: Path, port: int, limits: Limits) -> ThreadingHTTPServer:
+    """A server on 127.0.0.1: `/` is the page, `/version` the state that the page polls."""
+    report = LiveReport(folder, limits)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            if self.path == "/version":
+                self._answer(report.token().encode(), "text/plain; charset=utf-8")
+            elif self.path == "/":
+                self._answer(report.page(), "text/html; charset=utf-8")
+            else:
+                self.send_error(404)
+
+        def _answer(self, body: bytes, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """The terminal stays quiet."""
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
