@@ -67,8 +67,8 @@ class Answer:
 
     def raw(self) -> RawAnswer:
         """As an engine's answer."""
-        ends = [start for _, start in self.versions[1:]] + [len(self.tokens)]
-        versions = tuple((version, start, end) for (version, start), end in zip(self.versions, ends, strict=True))
+        starts = [*(start for _, start in self.versions), len(self.tokens)]
+        versions = tuple((version, start, starts[n + 1]) for n, (version, start) in enumerate(self.versions))
         return RawAnswer(tuple(self.tokens), tuple(self.logprobs), self.finish or "abort", versions)
 
 
