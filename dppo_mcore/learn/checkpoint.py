@@ -7,6 +7,8 @@ A checkpoint is written to a hidden folder beside its place, renamed once every 
 from __future__ import annotations
 
 import json
+import pickle
+import queue
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -52,36 +55,48 @@ class Saver:
         In the background the call returns once tensors are copied; `poll` or `finish` completes it.
         """
         self.finish()
-        final = self.folder / f"step-{step:08d}"
-        partial_folder = self.folder / f".step-{step:08d}.part"
+        meta: dict[str, Any] = {
+            "step": step,
+            "score": score,
+            "learner": state.state_dict(),
+            "layout": layout(state),
+            "reference": None,
+            "extra": extra,
+        }
+        if state.reference is not None:
+            meta["reference"] = f"reference-{state.reference.step:08d}"
+            self._save_reference(state, meta["reference"])
+        self._write(_sharded_state(state, loading=False), f"step-{step:08d}", meta, self.background)
+        return self.folder / f"step-{step:08d}"
+
+    def _save_reference(self, state: Learner, name: str) -> None:
+        """The reference policy's weights, written once for all checkpoints that go with it."""
+        exists = [(self.folder / name / META).is_file()]
+        dist.broadcast_object_list(exists)
+        if not exists[0] and state.reference is not None:
+            with state.reference.in_place():
+                self._write(_sharded_state(state, loading=False, weights_only=True), name, {}, background=False)
+
+    def _write(self, sharded: dict[str, Any], name: str, meta: dict[str, Any], background: bool) -> None:
+        beside = self.folder / f".{name}.part"
         if dist.get_rank() == 0:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            partial_folder.mkdir(parents=True)
-            meta = {
-                "step": step,
-                "score": score,
-                "learner": state.state_dict(),
-                "layout": layout(state),
-                "extra": extra,
-            }
-            with replacing(partial_folder / META) as file:
-                json.dump(meta, file)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
         dist.barrier()
-        sharded = _sharded_state(state, loading=False)
+        filesystem_async._results_queue = ResultFile(self.folder / f".{name}.written-by-{dist.get_rank()}")
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist", 1), _data_parallel(), do_cache_distribution=False
         )
-        request = dist_checkpointing.save(sharded, str(partial_folder), strategy, async_sharded_save=self.background)
-        finalize = partial(self._publish, partial_folder, final)
+        request = dist_checkpointing.save(sharded, str(beside), strategy, async_sharded_save=background)
+        publish = partial(self._publish, beside, self.folder / name, meta)
         if request is None:
             dist.barrier()
-            finalize()
-        else:
-            request.add_finalize_fn(finalize)
-            if self._calls is None:
-                self._calls = AsyncCallsQueue()
-            self._calls.schedule_async_request(request)
-        return final
+            publish()
+            return
+        request.add_finalize_fn(publish)
+        if self._calls is None:
+            self._calls = AsyncCallsQueue()
+        self._calls.schedule_async_request(request)
 
     def poll(self) -> None:
         """Complete a background save that is done; called once a step, on all ranks."""
@@ -93,13 +108,16 @@ class Saver:
         if self._calls is not None:
             self._calls.maybe_finalize_async_calls(blocking=True)
 
-    def _publish(self, written: Path, final: Path) -> None:
+    def _publish(self, written: Path, final: Path, meta: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
+            with replacing(written / META) as file:
+                json.dump(meta, file)
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
-            with replacing(self.folder / LATEST) as file:
-                file.write(final.name)
-            self._prune()
+            if final.name.startswith("step-"):
+                with replacing(self.folder / LATEST) as file:
+                    file.write(final.name)
+                self._prune()
         dist.barrier()
 
     def _prune(self) -> None:
@@ -109,6 +127,33 @@ class Saver:
         for path in kept[: -self.keep] if self.keep > 0 else []:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
+        needed = {read_meta(path)["reference"] for path in checkpoints(self.folder)}
+        for path in self.folder.glob("reference-*"):
+            if path.name not in needed:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class ResultFile:
+    """One message from the process that writes a checkpoint to the one that waits for it.
+
+    Megatron passes it through a manager process, which takes seconds to start and outlives a killed run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put(self, message: Any) -> None:
+        """Leave the message."""
+        with replacing(self.path, "wb") as file:
+            pickle.dump(message, file)
+
+    def get_nowait(self) -> Any:
+        """Take the message."""
+        if not self.path.is_file():
+            raise queue.Empty
+        message = pickle.loads(self.path.read_bytes())
+        self.path.unlink()
+        return message
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -152,11 +197,13 @@ def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, An
     path = find(path)
     meta = read_meta(path)
     same_layout = meta["layout"] == layout(state)
+    if meta["reference"] and not weights_only:
+        _read(state, path.parent / meta["reference"], _sharded_state(state, loading=True, weights_only=True))
+        state.load_state_dict(meta["learner"])
+        state.keep_reference()
+        state.reference.step = int(meta["reference"].rsplit("-", 1)[1])
     sharded = _sharded_state(state, loading=True, weights_only=weights_only, rng=same_layout and not weights_only)
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _data_parallel())
-    loaded = dist_checkpointing.load(sharded, str(path), strategy)
-    for index, model in enumerate(state.models):
-        model.load_state_dict(loaded[f"model{index}"])
+    loaded = _read(state, path, sharded)
     if weights_only:
         state.optimizer.reload_model_params()
         return meta["extra"]
@@ -165,6 +212,15 @@ def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, An
     if same_layout:
         set_rng_state(loaded["rng"])
     return meta["extra"]
+
+
+def _read(state: Learner, path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
+    """Load a folder's tensors; the weights go into the model."""
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _data_parallel())
+    loaded = dist_checkpointing.load(sharded, str(path), strategy)
+    for index, model in enumerate(state.models):
+        model.load_state_dict(loaded[f"model{index}"])
+    return loaded
 
 
 def layout(state: Learner) -> list[int]:

@@ -12,9 +12,11 @@ from dppo_mcore.runtime import device
 
 
 class Reference:
-    """Frozen copy of this rank's shard of the weights. Buffers of frozen parameters are not kept twice."""
+    """Frozen copy of this rank's shard of the weights; those of frozen parameters are not kept twice."""
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
+    def __init__(self, models: Sequence[nn.Module], step: int) -> None:
+        self.step = step
+        """Optimizer steps of the run when it was taken: its name in checkpoints."""
         self._live = [p for model in models for p in model.parameters() if p.requires_grad]
         self.weights: list[Tensor] = [device.pin(p.detach()) for p in self._live]
 
@@ -28,8 +30,9 @@ class Reference:
             self._exchange()
 
     @torch.no_grad()
-    def reset(self) -> None:
+    def reset(self, step: int) -> None:
         """Make the model's present weights the reference."""
+        self.step = step
         for held, live in zip(self.weights, self._live, strict=True):
             held.copy_(live, non_blocking=True)
         device.synchronize()

@@ -78,9 +78,9 @@ class Learner:
         from dppo_mcore.learn.reference import Reference
 
         if self.reference is None:
-            self.reference = Reference(self.models)
+            self.reference = Reference(self.models, self.progress.total_steps)
         else:
-            self.reference.reset()
+            self.reference.reset(self.progress.total_steps)
 
     def head(self) -> Head | None:
         """The vocabulary projection, on the last stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def final(state: Learner) -> dict[str, torch.Tensor]:
 
 def train_and_save(model: str, layout: ParallelConfig, optimizer: str, folder: str, dtype: str = "fp32"):
     """Two steps, a checkpoint, two more: their losses and the last weights."""
+    # The pool's ranks are daemons, which multiprocessing forbids the writer processes that a checkpoint needs.
+    multiprocessing.current_process()._config["daemon"] = False
     state = make(model, layout, optimizer, dtype)
     advance(state, 0, 2)
     Saver(Path(folder), background=False).save(state, 2, {"note": [1, 2]})
