@@ -18,6 +18,9 @@ from dppo_mcore.data.probe import ClipInfo, probe, video_stream
 # The conversion that DALI compiles in: with it the two backends agree bit for bit.
 CONVERSION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
+# Their decoders drop the unreferenced picture they are given, and only that one; dav1d, for one, looks later.
+SKIPS_PER_PACKET = ("h264", "hevc", "mpeg4")
+
 
 class PyAvDecoder:
     """One call, one clip; keeps nothing open."""
@@ -68,7 +71,8 @@ def _wanted_frames(path: str, info: ClipInfo, wanted: dict[int, list[int]]) -> I
                     skipping = index in skipped
                 if skipping:
                     continue
-                codec.skip_frame = "DEFAULT" if index in wanted else "NONREF"
+                if info.codec in SKIPS_PER_PACKET:
+                    codec.skip_frame = "DEFAULT" if index in wanted else "NONREF"
             for frame in packet.decode():
                 number = count if numbers is None else numbers.get(frame.pts)
                 count += 1

@@ -1,0 +1,107 @@
+"""Every backend shows the planned frames: seven codecs, constant and variable rates, B-frames, rotation, odd sizes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dppo_mcore.config import DataConfig
+from dppo_mcore.data.decode import Decoder, make_decoder
+from dppo_mcore.data.decode_dali import DaliDecoder
+from dppo_mcore.data.decode_pyav import PyAvDecoder
+from dppo_mcore.data.errors import MediaError
+from dppo_mcore.data.frames import plan_media
+from dppo_mcore.data.patches import Geometry
+from dppo_mcore.data.probe import probe
+from dppo_mcore.types import Media
+from tests.data.clips import CODECS, read_number, write_clip
+
+DALI_ON_CPU = ("vp8", "vp9", "mjpeg")
+# Gaps of one to seven tenths of a second: no two neighbouring frames are equally long on screen.
+UNEVEN = np.concatenate([[0], np.cumsum(np.tile([0.1, 0.4, 0.2, 0.7, 0.1], 8))])[:40].round(3).tolist()
+SHAPES = {
+    "constant": {},
+    "variable": {"times": UNEVEN},
+    "rotated": {"rotation": 90, "size": (64, 96)},
+    "odd": {"size": (75, 101)},
+}
+
+
+def clip(folder: Path, codec: str, shape: str) -> Path:
+    """A numbered clip; VP8 and VP9 are rotated in Matroska, the others in MP4 or MOV."""
+    suffix = "mkv" if shape == "rotated" and codec in ("vp8", "vp9") else CODECS[codec].suffix
+    return write_clip(folder / f"{codec}-{shape}.{suffix}", codec, **SHAPES[shape])
+
+
+@pytest.mark.parametrize(("codec", "shape"), itertools.product(CODECS, SHAPES))
+def test_planned_frames_are_the_decoded_ones(codec: str, shape: str, tmp_path: Path) -> None:
+    """The number a frame shows is its index, its time is the one it was written with, and it stands upright."""
+    path = clip(tmp_path, codec, shape)
+    data = DataConfig(fps=2, min_pixels=784, max_pixels=602112)
+    plan = plan_media(Media("video", str(path)), data, None, Geometry())
+    times = SHAPES[shape].get("times") or [n / 8 for n in range(40)]
+    assert plan.times == pytest.approx([times[index] for index in plan.indices], abs=1.1e-3)
+    backends = [PyAvDecoder()] + ([DaliDecoder(torch.device("cpu"))] if codec in DALI_ON_CPU else [])
+    pictures = []
+    for backend in backends:
+        frames_TCHW = backend.decode(plan.path, plan.indices, plan.size, plan.rotation)
+        assert frames_TCHW.shape == (len(plan.indices), 3, *plan.size) and frames_TCHW.dtype == torch.uint8
+        pictures.append(frames_TCHW)
+        if shape == "rotated":
+            assert plan.rotation == 270 and plan.size[0] > plan.size[1]
+            frames_TCHW = torch.rot90(frames_TCHW, -1, dims=(-2, -1))
+        assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == list(plan.indices), backend.name
+    for other in pictures[1:]:
+        assert torch.equal(other, pictures[0])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_skipping_changes_no_pixel(codec: str, tmp_path: Path) -> None:
+    """A few scattered frames equal the same frames of the whole clip decoded, repeats and all."""
+    path = str(clip(tmp_path, codec, "constant"))
+    whole = PyAvDecoder().decode(path, tuple(range(40)), (64, 64))
+    for wanted in ((3,), (39,), (0, 17, 17, 30), (5, 6, 25), (26, 27, 38)):
+        assert torch.equal(PyAvDecoder().decode(path, wanted, (64, 64)), whole[list(wanted)])
+
+
+def test_refused_clips_go_to_the_next_backend_once(tmp_path: Path) -> None:
+    """DALI has no h264 on a CPU: PyAV takes it, and both facts are counted."""
+    path = clip(tmp_path, "h264", "constant")
+    plan = plan_media(Media("video", str(path)), DataConfig(min_pixels=784), None, Geometry())
+    decoder = make_decoder("dali", torch.device("cpu"))
+    assert [read_number(frame_CHW) for frame_CHW in decoder(plan)] == list(plan.indices)
+    assert dict(decoder.counts) == {"decode/dali_refused": 1, "decode/pyav": 1}
+
+
+def test_dali_goes_on_after_a_bad_clip(tmp_path: Path) -> None:
+    """One refusal costs one clip, not the backend."""
+    good = str(clip(tmp_path, "vp9", "constant"))
+    bad = tmp_path / "bad.webm"
+    bad.write_bytes(b"not a video" * 100)
+    backend = DaliDecoder(torch.device("cpu"))
+    with pytest.raises(MediaError, match="do not decode"):
+        backend.decode(str(bad), (0, 1), (64, 64))
+    assert backend.decode(good, (0, 5), (64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_all_refusals_name_the_file(tmp_path: Path) -> None:
+    """The last backend's reason is the clip's."""
+    path = clip(tmp_path, "mpeg4", "constant")
+    plan = plan_media(Media("video", str(path)), DataConfig(min_pixels=784), None, Geometry())
+    path.write_bytes(b"")
+    with pytest.raises(MediaError, match=f"{path.name}: zero bytes"):
+        Decoder([PyAvDecoder()])(plan)
+
+
+def test_cover_pictures_are_not_clips(tmp_path: Path) -> None:
+    """The probe reports what it can't use by reason."""
+    path = tmp_path / "still.mp4"
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(path, format="PNG")
+    with pytest.raises(MediaError, match="an image"):
+        probe(str(path))
