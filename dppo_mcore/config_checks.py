@@ -169,10 +169,8 @@ def _check_model_layout(config: Config, sizes: dict[str, Any]) -> None:
 def _check_training(config: Config, world_size: int) -> None:
     layout, rollout = config.parallel, config.rollout
     replicas = world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
-    if not config.data.data and config.run.mode != "sft-only" and not config.output.replay_rollouts:
+    if not config.data.data and not config.output.replay_rollouts:
         raise ConfigError(f"data: a manifest is needed for mode {config.run.mode}")
-    if config.run.mode == "sft-only" and not config.data.base_data:
-        raise ConfigError("base_data: a manifest is needed for mode sft-only")
     if config.sft.base_sft_steps and not config.data.base_data:
         raise ConfigError("base_data: a manifest is needed for base_sft_steps")
     if config.sft.global_batch_size < replicas:

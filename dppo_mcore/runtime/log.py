@@ -40,8 +40,7 @@ def start_logging(run: Path | None, rank: int) -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(file)
         logging.captureWarnings(True)
-        warnings = logging.getLogger("py.warnings")
-        warnings.handlers, warnings.propagate = [file], False
+        logging.getLogger().handlers = [file]
 
 
 class Metrics:

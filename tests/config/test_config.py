@@ -76,7 +76,7 @@ WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--rl-min-steps", "900"], "rl_min_steps"),
     (1, ["--teacher-url", "ftp://x"], "teacher_url"),
     (1, ["--rollout-url", "http://127.0.0.1:1"], "rollout_url"),
-    (1, ["--mode", "sft-only"], "base_data"),
+    (1, ["--base-sft-steps", "5"], "base_data"),
     (1, ["--config", "/does/not/exist.yaml"], "--config"),
 ]  # fmt: skip
 

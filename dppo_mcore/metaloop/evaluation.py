@@ -1,0 +1,105 @@
+"""Greedy evaluation on held-out sets, with intervals, into the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dppo_mcore.metaloop.rolling import greedy, roll_out
+from dppo_mcore.metaloop.run import Run
+from dppo_mcore.metaloop.weights import push
+from dppo_mcore.types import Sample, ScoredRollout
+
+HELD_OUT = ("eval", "eval-general")
+CHUNK = 256
+"""Samples rolled out at a time."""
+Z95 = 1.959964
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """95% interval of a share."""
+    if trials == 0:
+        return (0.0, 1.0)
+    p, z2 = successes / trials, Z95 * Z95
+    middle = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
+    return (max(0.0, middle - half), min(1.0, middle + half))
+
+
+def summarise(samples: Sequence[Sample], answers: Sequence[ScoredRollout]) -> dict[str, Any]:
+    """Success with its interval and the mean reward parts: over all, by objective, by dimension, by source."""
+
+    def of(rows: list[ScoredRollout]) -> dict[str, Any]:
+        successes = sum(row.success for row in rows)
+        low, high = wilson(successes, len(rows))
+        mean = {part: sum(row.parts.get(part, 0.0) for row in rows) / len(rows) for part in ("task", "format")}
+        return {"n": len(rows), "success": successes / len(rows), "low": low, "high": high, **mean}
+
+    by: dict[str, dict[str, list[ScoredRollout]]] = {
+        name: defaultdict(list) for name in ("objective", "dimension", "source")
+    }
+    for sample, answer in zip(samples, answers, strict=True):
+        for name, groups in by.items():
+            groups[getattr(sample, name) or "none"].append(answer)
+    tables = {name: {key: of(rows) for key, rows in sorted(groups.items())} for name, groups in by.items()}
+    return {"all": of(list(answers)) if answers else {}, **tables}
+
+
+def evaluate(run: Run, phase: str, step: int) -> dict[str, dict[str, Any]]:
+    """Evaluate the present weights on every held-out pool, once per (phase, step). Collective."""
+    results: dict[str, dict[str, Any]] = {}
+    for pool in HELD_OUT:
+        if pool not in run.pools or not len(run.pools[pool]):
+            continue
+        known = run.exchange.from_rank0(
+            lambda pool=pool: next(
+                (e.metrics for e in run.ledger.evaluations() if (e.phase, e.step, e.name) == (phase, step, pool)),
+                None,
+            )
+        )
+        results[pool] = dict(known) if known is not None else _evaluate_pool(run, pool, phase, step)
+    run.metrics.log(run.step, flat_metrics(results), phase=phase)
+    run.say(f"{phase} step {step}: held-out " + ", ".join(_shown(pool, table) for pool, table in results.items()))
+    return results
+
+
+def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """An evaluation under the metrics' names."""
+    values: dict[str, float] = {}
+    if "eval" in results:
+        values["eval/success"] = results["eval"]["all"]["success"]
+        for name, table in results["eval"]["objective"].items():
+            values[f"eval/success/{name}"] = table["success"]
+    if "eval-general" in results:
+        values["eval/general"] = results["eval-general"]["all"]["success"]
+    return values
+
+
+def _shown(pool: str, table: Mapping[str, Any]) -> str:
+    whole = table["all"]
+    parts = " ".join(f"{name} {entry['success']:.2f}" for name, entry in table["objective"].items())
+    return f"{pool} {whole['success']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}] ({parts})"
+
+
+def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]:
+    manifest = run.pools[pool]
+    size = min(len(manifest), run.config.output.eval_samples or len(manifest))
+    ids = [manifest[index].id for index in range(size)]
+    horizon = run.config.practice.horizons[-1]
+    answers: list[ScoredRollout] = []
+    push(run)
+    for start in range(0, size, CHUNK):
+        part = ids[start : start + CHUNK]
+        batch = roll_out(run, part, 1, pool=pool, horizon=horizon, label=f"eval {pool}", sampling=greedy(run.sampling))
+        answers += run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers])
+
+    def keep() -> dict[str, Any]:
+        ordered = sorted(answers, key=lambda answer: ids.index(answer.rollout.sample_id))
+        samples = [manifest.get(answer.rollout.sample_id) for answer in ordered]
+        metrics = summarise(samples, ordered)
+        run.ledger.record_evaluation(phase, step, pool, metrics, ordered)
+        return metrics
+
+    return run.exchange.from_rank0(keep)

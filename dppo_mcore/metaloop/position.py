@@ -1,0 +1,71 @@
+"""Where a run stands: checkpoints inside and at the end of phases, and finding the place again after a kill.
+
+The ledger marks a phase done only after the checkpoint of its end is complete. So on resume the newest checkpoint
+is the end of the last finished phase, or lies inside the running one; steps after it are trained again on the
+rollouts that the ledger recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dppo_mcore.learn import checkpoint
+from dppo_mcore.metaloop.evaluation import evaluate, flat_metrics
+from dppo_mcore.metaloop.run import Run
+from dppo_mcore.runtime import faults
+
+
+@dataclass(frozen=True)
+class Position:
+    """A phase and how many of its steps are behind us, on the whole run's step axis at `run_step`."""
+
+    phase: str = ""
+    phase_step: int = 0
+    run_step: int = 0
+
+
+def save(run: Run, phase: str, phase_step: int, score: float | None = None) -> None:
+    """Checkpoint the present state as (phase, phase_step)."""
+    run.saver.save(run.learner, run.step, asdict(Position(phase, phase_step, run.step)), score)
+
+
+def save_if_due(run: Run, phase: str, phase_step: int) -> None:
+    """Checkpoint every `save_interval` steps; on SIGTERM checkpoint at once and end the run."""
+    run.saver.poll()
+    if faults.stop_requested():
+        save(run, phase, phase_step)
+        run.saver.finish()
+        raise faults.Preempted
+    if phase_step % run.config.output.save_interval == 0:
+        save(run, phase, phase_step)
+
+
+def finish_phase(run: Run, phase: str, phase_step: int, reason: str) -> None:
+    """Evaluate the end of a phase, checkpoint it, then mark the phase done."""
+    results = evaluate(run, phase, phase_step)
+    save(run, phase, phase_step, flat_metrics(results).get(run.config.output.best_metric))
+    run.saver.finish()
+    if run.exchange.rank == 0:
+        run.ledger.finish_phase(phase, phase_step, reason)
+    run.exchange.barrier()
+
+
+def find_again(run: Run) -> Position:
+    """Load the newest checkpoint of the run, or `--load`'s weights, or leave the model's own; where that is."""
+    newest = run.exchange.from_rank0(lambda: str(checkpoint.latest(run.saver.folder) or ""))
+    if newest:
+        position = Position(**checkpoint.load(run.learner, Path(newest)))
+        run.step = position.run_step
+        run.say(f"resumed from {newest}: {position.phase}, {position.phase_step} steps done")
+        return position
+    if run.config.run.load:
+        checkpoint.load(run.learner, Path(run.config.run.load), weights_only=True)
+        run.say(f"weights from {run.config.run.load}")
+    return Position()
+
+
+def stop_if_asked(run: Run) -> None:
+    """Between chunks of rollouts, which the ledger holds: nothing to save, so a SIGTERM ends the run at once."""
+    if faults.stop_requested():
+        raise faults.Preempted

@@ -1,0 +1,135 @@
+"""An RL phase: practise what the buffer holds until nothing more is revealed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dppo_mcore.learn import replay
+from dppo_mcore.learn.rl import RlResult, rl_step
+from dppo_mcore.metaloop import position
+from dppo_mcore.metaloop.evaluation import evaluate
+from dppo_mcore.metaloop.rolling import Batch, roll_out
+from dppo_mcore.metaloop.run import Run
+from dppo_mcore.metaloop.weights import awake, push
+from dppo_mcore.practice import curriculum
+from dppo_mcore.practice.difficulty import Draw
+from dppo_mcore.practice.ledger import PhasePlan
+from dppo_mcore.practice.ledger_rollouts import Group as Counts
+from dppo_mcore.practice.stagnation import Stagnation, Verdict
+
+
+def practise(run: Run, phase: PhasePlan, done: int) -> None:
+    """RL steps until the stagnation score ends the phase; `done` of them are in the loaded checkpoint."""
+    config = run.config
+    if done == 0:
+        run.learner.begin_phase(phase.name, config.rl.rl_lr, config.practice.rl_max_steps * config.rl.updates_per_batch)
+        if config.rl.kl_coef:
+            run.learner.keep_reference()
+    draw, stagnation = _controller(run, phase, done)
+    step = done
+    push(run)
+    verdict = run.exchange.from_rank0(lambda: stagnation.verdict() if stagnation else None)
+    reason = verdict.reason
+    while not verdict.stop:
+        began = time.perf_counter()
+        ids = run.exchange.from_rank0(lambda: draw.draw(config.rl.prompts_per_step) if draw else [])
+        if not ids:
+            reason = "nothing left to draw: every sample of the buffer is mastered"
+            break
+        batch = _step_groups(run, phase, ids, step)
+        result = rl_step(run.learner, batch.groups)
+        step, run.step = step + 1, run.step + 1
+        push(run)
+        verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))
+        _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
+        reason = verdict.reason
+        if config.output.eval_interval and step % config.output.eval_interval == 0:
+            evaluate(run, phase.name, step)
+        if not verdict.stop:
+            position.save_if_due(run, phase.name, step)
+    if run.exchange.rank == 0:
+        numbers = stagnation.verdict().numbers() if stagnation and step else {}
+        run.ledger.decide(phase.name, step, "stagnation", numbers, reason)
+    run.say(f"{phase.name} ends at step {step}: {reason}")
+    position.finish_phase(run, phase.name, step, reason)
+
+
+def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Stagnation | None]:
+    """Rank 0's draw and score, brought to where the phase stands."""
+    if run.exchange.rank != 0:
+        return None, None
+    practice = run.config.practice
+    stagnation = Stagnation(
+        threshold=practice.stagnation_threshold,
+        window=practice.stagnation_window,
+        min_prompts=practice.stagnation_min_prompts,
+        aggregate=practice.stagnation_aggregate,
+        min_steps=practice.rl_min_steps,
+        max_steps=practice.rl_max_steps,
+    )
+    draw = Draw(
+        run.ledger.samples("rl").values(),
+        run.ledger.buffer(curriculum.buffer_name(phase.loop)),
+        seed=run.config.run.seed_of(f"draw {phase.name}"),
+        sampling=practice.sampling,
+    )
+    behind = run.ledger.groups(phase.name, before_step=done)
+    draw.replay(behind, run.config.rl.prompts_per_step, stagnation)
+    return draw, stagnation
+
+
+def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch:
+    """This replica's groups of a step: replayed from a dump, or rolled out."""
+    output = run.config.output
+    if output.replay_rollouts:
+        return Batch(replay.replay(Path(output.replay_rollouts), run.step), {})
+    recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
+    with awake(run):
+        batch = roll_out(
+            run,
+            ids,
+            run.config.rl.group_size,
+            pool="rl",
+            horizon=phase.horizon,
+            label=f"{phase.name}/{step}",
+            recorded=recorded,
+            record=lambda new: run.ledger.record_rollouts(phase.name, step, new),
+        )
+    if output.dump_rollouts:
+        replay.dump(Path(output.dump_rollouts), run.step, batch.groups)
+    return batch
+
+
+def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step: int) -> Verdict:
+    """Take the newest step's success counts in, on rank 0."""
+    newest: list[Counts] = [
+        group for group in run.ledger.groups(phase.name, before_step=step) if group.step == step - 1
+    ]
+    draw.update(newest)
+    stagnation.add(newest)
+    verdict = stagnation.verdict()
+    draw.freeze(verdict.frozen)
+    return verdict
+
+
+def _report(
+    run: Run, phase: PhasePlan, step: int, batch: Batch, result: RlResult, verdict: Verdict, seconds: float
+) -> None:
+    values: dict[str, float] = {**result.metrics, **batch.seconds, "time/step": seconds, "rl/stagnation": verdict.score}
+    for name, task in verdict.tasks.items():
+        values[f"rl/stagnation/{name}"] = task.score
+        values[f"rl/success/{name}"] = task.success
+    run.metrics.log(run.step, values, phase=phase.name, phase_step=step)
+    if step % run.config.output.log_interval == 0:
+        run.say(_line(phase.name, step, values, seconds))
+
+
+def _line(phase: str, step: int, values: Mapping[str, Any], seconds: float) -> str:
+    shown = {"reward": "rl/reward", "success": "rl/success", "live": "rl/live_groups", "S": "rl/stagnation",
+             "entropy": "rl/entropy", "grad": "train/grad_norm"}  # fmt: skip
+    parts = [f"{name} {values[key]:.3f}" for name, key in shown.items() if values.get(key) is not None]
+    return f"{phase} step {step:4d}  " + "  ".join(islice(parts, 8)) + f"  {seconds:.2f} s"

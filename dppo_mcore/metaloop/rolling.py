@@ -1,0 +1,90 @@
+"""Rolling out a list of samples: decode, generate, score, record; what the ledger has already is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dppo_mcore.data.worker import Request
+from dppo_mcore.learn.rl import Group
+from dppo_mcore.metaloop.run import Run
+from dppo_mcore.rollout.base import GenerationRequest, Sampling
+from dppo_mcore.types import Prompt, Rollout, ScoredRollout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A replica's groups of one step, and where the time went."""
+
+    groups: list[Group]
+    seconds: dict[str, float]
+
+
+Recorded = dict[str, list[ScoredRollout]]
+
+
+def roll_out(
+    run: Run,
+    ids: Sequence[str],
+    n: int,
+    *,
+    pool: str,
+    horizon: float | None,
+    label: str,
+    sampling: Sampling | None = None,
+    recorded: Recorded | None = None,
+    record: Callable[[list[ScoredRollout]], None] | None = None,
+) -> Batch:
+    """`n` scored answers for each of this replica's share of `ids`. Collective over all ranks.
+
+    `label` makes the seeds of this batch its own. `recorded` (equal on all ranks) holds answers that exist already;
+    `record` is called on rank 0 with all new ones before anything is trained on.
+    """
+    recorded = recorded or {}
+    began = time.perf_counter()
+    mine = list(ids[run.exchange.replica :: run.exchange.replicas])
+    prompts = load_prompts(run, mine, pool, horizon)
+    decoded = time.perf_counter()
+    requests = [
+        GenerationRequest(name, prompt, n - len(have), first_index=len(have), seed=run.config.run.seed_of(label))
+        for name, prompt in prompts.items()
+        if len(have := recorded.get(name, [])) < n
+    ]
+    rollouts = list(run.engine.generate(requests, sampling or run.sampling)) if requests else []
+    generated = time.perf_counter()
+    fresh = run.exchange.from_leader(lambda: score_all(run, pool, rollouts))
+    everyone = run.exchange.at_rank0(fresh)
+    if record is not None and run.exchange.rank == 0:
+        record(everyone)
+    answers: Recorded = {name: list(recorded.get(name, [])) for name in prompts}
+    for scored in fresh:
+        answers[scored.rollout.sample_id].append(scored)
+    groups = [
+        Group(prompt, tuple(sorted(answers[name], key=lambda scored: scored.rollout.index)[:n]))
+        for name, prompt in prompts.items()
+    ]
+    seconds = {
+        "time/data": decoded - began,
+        "time/generate": generated - decoded,
+        "time/reward": time.perf_counter() - generated,
+    }
+    return Batch(groups, seconds)
+
+
+def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> dict[str, Prompt]:
+    """Decoded prompts by id; a sample whose media are damaged is quarantined by name and left out."""
+    stream = run.source.stream(Request(run.sample(pool, name), horizon) for name in ids)
+    return {request.sample.id: prompt for request, prompt in stream if prompt is not None}
+
+
+def score_all(run: Run, pool: str, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """Rewards of rollouts, on the replica's leader."""
+    assert run.rewards is not None
+    samples = [run.pools[pool].get(rollout.sample_id) for rollout in rollouts]
+    return run.rewards.score_rollouts(samples, rollouts)
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """The same budget and stops without chance."""
+    return replace(sampling, temperature=0.0, top_p=1.0, top_k=0)

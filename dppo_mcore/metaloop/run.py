@@ -1,0 +1,163 @@
+"""A run: everything that lives from start to end, opened from a configuration and closed in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dppo_mcore.config import Config
+from dppo_mcore.config_loading import to_yaml
+from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.data.quarantine import Quarantine
+from dppo_mcore.data.qwen import Processor
+from dppo_mcore.learn import state as learn_state
+from dppo_mcore.learn.checkpoint import Saver
+from dppo_mcore.learn.state import Learner
+from dppo_mcore.metaloop.exchange import Exchange
+from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.practice.prompts import PromptTemplate, load_template
+from dppo_mcore.rewards.pool import RewardPool
+from dppo_mcore.rewards.scoring import Rubric
+from dppo_mcore.rollout.base import Engine, Sampling, make_engine, sampling_from
+from dppo_mcore.runtime import device, faults, parallel
+from dppo_mcore.runtime.files import replacing
+from dppo_mcore.runtime.log import Metrics, get_logger, start_logging
+from dppo_mcore.types import Sample
+
+POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
+         "eval-general": "eval_general_data"}  # fmt: skip
+"""Pool names and the options that name their manifests."""
+
+
+@dataclass
+class Run:
+    """One rank's view of the run."""
+
+    config: Config
+    folder: Path
+    exchange: Exchange
+    learner: Learner
+    engine: Engine
+    sampling: Sampling
+    source: PromptSource
+    template: PromptTemplate
+    pools: Mapping[str, Manifest]
+    saver: Saver
+    metrics: Metrics
+    log: logging.Logger
+    rewards: RewardPool | None
+    """On replica leaders."""
+    _ledger: Ledger | None = field(repr=False, default=None)
+    step: int = 0
+    """Optimizer steps and evaluations are counted over the whole run on this axis."""
+    version: int = 0
+    """Version of the weights the engine answers with."""
+
+    @property
+    def processor(self) -> Processor:
+        """Chat template, tokenizer and frame plans."""
+        return self.source.processor
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger; only rank 0 has it."""
+        assert self._ledger is not None, "only rank 0 may use the ledger"
+        return self._ledger
+
+    def sample(self, pool: str, sample_id: str) -> Sample:
+        """A sample with the system prompt and instruction of its objective."""
+        return self.template.apply(self.pools[pool].get(sample_id))
+
+    def say(self, line: str) -> None:
+        """One line on rank 0's screen and in every log file."""
+        self.log.info(line)
+
+
+def open_run(config: Config) -> Run:
+    """Start groups, logs, model, engine and ledger. Collective over all ranks."""
+    parallel.start(config.parallel, config.run.seed)
+    faults.watch()
+    exchange = Exchange.join()
+    folder = Path(config.run.run)
+    start_logging(folder, exchange.rank)
+    log = get_logger()
+    ledger = None
+    if exchange.rank == 0:
+        with replacing(folder / "config.yaml") as file:
+            file.write(to_yaml(config))
+        ledger = Ledger(folder / "ledger.sqlite")
+    exchange.barrier()
+    pools = _open_pools(config, exchange)
+    if ledger is not None:
+        for name, manifest in pools.items():
+            ledger.add_samples(manifest, name)
+    template = load_template(config.practice.prompt_template)
+    learner = learn_state.build(config)
+    quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl")
+    source = PromptSource(config.run.model, config.data, device.device(), quarantine)
+    engine = make_engine(config, learner.qwen, learner.models, source.processor.chat)
+    engine.start()
+    run = Run(
+        config=config,
+        folder=folder,
+        exchange=exchange,
+        learner=learner,
+        engine=engine,
+        sampling=sampling_from(config, learner.qwen),
+        source=source,
+        template=template,
+        pools=pools,
+        saver=Saver(_save_folder(config), config.output.keep_checkpoints, config.output.async_save),
+        metrics=Metrics(folder if exchange.rank == 0 else None, config.output.tensorboard, config.output.wandb),
+        log=log,
+        rewards=_open_rewards(config, template) if exchange.is_leader else None,
+        _ledger=ledger,
+    )
+    for name, manifest in pools.items():
+        if manifest.refused and exchange.rank == 0:
+            log.warning(f"pool {name}: {len(manifest.refused)} row(s) refused, the first: {manifest.refused[0]}")
+    return run
+
+
+def close_run(run: Run) -> None:
+    """End engine, workers and files."""
+    run.saver.finish()
+    run.engine.stop()
+    run.source.close()
+    if run.rewards is not None:
+        run.rewards.close()
+    run.metrics.close()
+    if run._ledger is not None:
+        run._ledger.close()
+    parallel.stop()
+
+
+def _save_folder(config: Config) -> Path:
+    return Path(config.run.save) if config.run.save else Path(config.run.run) / "checkpoints"
+
+
+def _open_pools(config: Config, exchange: Exchange) -> dict[str, Manifest]:
+    """Every manifest that is named; rank 0 indexes first so that the others find the index."""
+    files = {pool: getattr(config.data, option) for pool, option in POOLS.items() if getattr(config.data, option)}
+    pools: dict[str, Manifest] = {}
+    for first in (True, False):
+        if first == (exchange.rank == 0):
+            pools = {pool: read_manifest(file, config.data.media_root) for pool, file in files.items()}
+        exchange.barrier()
+    return pools
+
+
+def _open_rewards(config: Config, template: PromptTemplate) -> RewardPool:
+    rubric = Rubric(
+        format_weight=config.rl.format_weight,
+        task_weight=config.rl.task_weight,
+        success_threshold=config.practice.success_threshold,
+        structure=template.structure,
+    )
+    practice = config.practice
+    return RewardPool(
+        practice.reward_workers, timeout_s=practice.reward_timeout_s, rubric=rubric, objectives=practice.objectives
+    )
