@@ -134,8 +134,9 @@ class RolloutRecords(LedgerBase):
     def verified(self, sample_id: str) -> tuple[str, str, int] | None:
         """(text, phase, step) of the sample's best verified answer: well formed, newest, then shortest; or None."""
         row = self.connection.execute(
-            "SELECT p.text, h.name, r.step FROM rollouts r JOIN payloads p USING (key) JOIN phases h ON h.key = r.phase "
-            "WHERE r.sample = ? AND r.success AND r.finish = 'stop' AND json_extract(p.parts, '$.format') >= 1 "
+            "SELECT p.text, h.name, r.step FROM rollouts r JOIN payloads p USING (key) "
+            "JOIN phases h ON h.key = r.phase WHERE r.sample = ? AND r.success AND r.finish = 'stop' "
+            "AND json_extract(p.parts, '$.format') >= 1 "
             "ORDER BY r.phase DESC, r.step DESC, r.tokens, r.idx LIMIT 1",
             (self.sample_key(sample_id),),
         ).fetchone()

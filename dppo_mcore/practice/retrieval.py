@@ -6,7 +6,7 @@ Nearness is the cosine of TF-IDF vectors (numpy, an inverted index), or of a loc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,9 @@ class TfIdf:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._terms: dict[str, int] = {}
-        documents, terms, counts = [], [], []
+        documents: list[int] = []
+        terms: list[int] = []
+        counts: list[int] = []
         for number, text in enumerate(texts):
             seen: dict[int, int] = {}
             for word in _TOKEN.findall(text.lower()):
@@ -72,28 +74,22 @@ class TfIdf:
 class Embeddings:
     """Vectors of a local embedding model (a Hugging Face directory), mean over tokens, normalised."""
 
-    def __init__(self, texts: Sequence[str], model: str, batch: int = 64) -> None:
-        import torch
-        from transformers import AutoModel, AutoTokenizer
+    def __init__(self, texts: Sequence[str], model: str) -> None:
+        from transformers import pipeline
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModel.from_pretrained(model).eval()
+        self._extract = pipeline("feature-extraction", model=model, tokenizer=model, device=-1)
+        vectors = [self._vector(text) for text in texts]
+        self._vectors_NH = np.stack(vectors) if vectors else np.zeros((0, 1))
 
-        def embed(chunk: Sequence[str]) -> np.ndarray:
-            inputs = tokenizer(list(chunk), padding=True, truncation=True, max_length=512, return_tensors="pt")
-            with torch.no_grad():
-                hidden_BLH = network(**inputs).last_hidden_state.float()
-            mask_BL1 = inputs["attention_mask"].unsqueeze(-1)
-            mean_BH = (hidden_BLH * mask_BL1).sum(1) / mask_BL1.sum(1)
-            return torch.nn.functional.normalize(mean_BH, dim=-1).numpy()
-
-        self._embed: Callable[[Sequence[str]], np.ndarray] = embed
-        parts = [embed(texts[at : at + batch]) for at in range(0, len(texts), batch)]
-        self._vectors_NH = np.concatenate(parts) if parts else np.zeros((0, 1))
+    def _vector(self, text: str) -> np.ndarray:
+        options = {"truncation": True, "max_length": 512}
+        hidden_LH = np.asarray(self._extract(text or " ", tokenize_kwargs=options)[0])
+        mean_H = hidden_LH.mean(axis=0)
+        return mean_H / max(float(np.linalg.norm(mean_H)), 1e-12)
 
     def similarity(self, text: str) -> np.ndarray:
         """Cosine with every text."""
-        return self._vectors_NH @ self._embed([text])[0]
+        return self._vectors_NH @ self._vector(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +105,8 @@ class Related:
     def why(self) -> str:
         """One line for the ledger."""
         shared = [name for name, same in (("dimension", self.same_dimension), ("task", self.same_task)) if same]
-        return f"related to weak {self.weak_id}: same {' and '.join(shared) or 'wording'}, similarity {self.similarity:.2f}"
+        same = " and ".join(shared) or "wording"
+        return f"related to weak {self.weak_id}: same {same}, similarity {self.similarity:.2f}"
 
 
 def retrieve(weak: Sequence[Sample], pool: Iterable[Sample], *, neighbours: int = 4, model: str = "") -> list[Related]:

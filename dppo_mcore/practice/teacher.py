@@ -53,7 +53,10 @@ class Teacher(Protocol):
     model: str
 
     def answer(self, sample: Sample, round_: int, index: int) -> tuple[str, int] | None:
-        """(text, tokens) of one answer, None where there is none; raises `TeacherDownError` or `TeacherRefusedError`."""
+        """(text, tokens) of one answer, or None where there is none.
+
+        Raises `TeacherDownError` or `TeacherRefusedError`.
+        """
 
 
 class FileTeacher:

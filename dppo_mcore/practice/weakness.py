@@ -56,7 +56,8 @@ def weak(ledger: Ledger, phase: str) -> list[str]:
 
 def weak_dimensions(samples: Iterable[Tagged], mined: Collection[str], weak_ids: Sequence[str]) -> list[WeakDimension]:
     """Dimensions with weak samples, the one with the most weak samples first."""
-    weak_set, totals = set(weak_ids), {}
+    weak_set = set(weak_ids)
+    totals: dict[str, list[int]] = {}
     for sample in samples:
         if sample.id in mined:
             count = totals.setdefault(sample.dimension, [0, 0])

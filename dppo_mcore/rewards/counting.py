@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -31,16 +32,21 @@ def mean_relative_accuracy(estimate: float, truth: float) -> float:
     return float(np.mean(abs(estimate - truth) / abs(truth) <= TOLERANCES_10))
 
 
+def _known(name: str, table: Mapping[str, float]) -> float | None:
+    """Size of a unit by its singular or plural."""
+    low = name.lower()
+    return next((table[n] for n in (low, low.removesuffix("s"), low.removesuffix("es")) if n in table), None)
+
+
 def _factor(unit: str, answer: str) -> float:
     """What to multiply the answer's number by to get the gold answer's unit; 1 where the units aren't comparable."""
     found = _UNIT_AFTER_NUMBER.search(answer)
     if not unit or not found:
         return 1.0
     for table in (METRES, SECONDS):
-        wanted, given = (name.lower() for name in (unit, found.group(1)))
-        wanted, given = (name if name in table else name.removesuffix("es").rstrip("s") for name in (wanted, given))
-        if wanted in table and given in table:
-            return table[given] / table[wanted]
+        wanted, given = _known(unit, table), _known(found.group(1), table)
+        if wanted and given:
+            return given / wanted
     return 1.0
 
 

@@ -132,28 +132,26 @@ def first_number(answer: str) -> float | None:
 
 def _number_words(answer: str) -> float | None:
     """First run of number words as a number: "twenty-one", "two hundred and five", "a dozen"."""
-    total, current, found, end = 0, 0, False, 0
+    total, current, end = 0, 0, 0
+    last = ""
     for match in WORD.finditer(ascii_lower(answer)):
         word = match.group()
-        if found and answer[end : match.start()].strip(" -"):
+        if last and answer[end : match.start()].strip(" -"):
             break
-        if word in UNITS:
-            if found and word == "dozen":
-                current = max(1, current) * 12
-            else:
-                current += UNITS[word]
-            found = True
-        elif word in TENS:
-            current, found = current + TENS[word], True
-        elif word in SCALES and (found or word != "million"):
-            current = max(1, current) * SCALES[word]
+        if word == "dozen" and last == "unit":
+            current, last = current * 12, "dozen"
+        elif word in UNITS and (last in ("", "scale") or (last == "ten" and UNITS[word] < 10)):
+            current, last = current + UNITS[word], "unit"
+        elif word in TENS and last in ("", "scale"):
+            current, last = current + TENS[word], "ten"
+        elif word in SCALES and current < 10**12:
+            current, last = max(1, current) * SCALES[word], "scale"
             if word != "hundred":
                 total, current = total + current, 0
-            found = True
-        elif found and word != "and":
+        elif last and word != "and":
             break
         end = match.end()
-    return float(total + current) if found else None
+    return float(total + current) if last else None
 
 
 _MARKED = re.compile(r"[\s(\[{\"'#-]{0,8}(?:([A-Z])[.):\]}]|([a-z])\))")

@@ -1,0 +1,69 @@
+"""From a weakness phase's ledger to the corpus of its SFT phase: kept answers, retrieval, replay, mix; made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from dppo_mcore.config import PracticeConfig
+from dppo_mcore.practice.corpus import (
+    Corpus,
+    general_candidates,
+    mix,
+    retrieved_candidates,
+    weak_candidates,
+)
+from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.practice.prompts import PromptTemplate
+from dppo_mcore.practice.retrieval import retrieve
+from dppo_mcore.practice.weakness import weak
+from dppo_mcore.types import Sample
+
+
+def refine(
+    ledger: Ledger,
+    *,
+    weakness: str,
+    sft: str,
+    pool: Mapping[str, Sample],
+    practised: Collection[str],
+    general: Iterable[Sample],
+    template: PromptTemplate,
+    count_tokens: Callable[[str], int],
+    config: PracticeConfig,
+    seed: int,
+) -> Corpus:
+    """Make and record the corpus of phase `sft` from the mining and the teacher's answers of phase `weakness`.
+
+    `pool`: the RL pool by id; `practised`: ids RL drew from in this loop, which retrieval leaves out. Made already, it
+    is read back, so a resumed SFT phase learns the same items in the same order.
+    """
+    recorded = ledger.corpus(sft)
+    if recorded:
+        tokens = {source: 0 for source in ("weak", "retrieved", "general")}
+        for item in recorded:
+            tokens[item.source] += item.tokens
+        return Corpus(recorded, tokens, tokens)
+    weak_samples = [pool[name] for name in weak(ledger, weakness)]
+    kept = [answer for answer in ledger.teacher_answers(weakness) if answer.kept]
+    others = (sample for name, sample in pool.items() if name not in practised)
+    related = retrieve(weak_samples, others, neighbours=config.retrieval_neighbours, model=config.retrieval_model)
+    candidates = [
+        *weak_candidates(kept, template, count_tokens),
+        *retrieved_candidates(related, ledger, template, count_tokens),
+        *general_candidates(general, template, count_tokens, seed=seed),
+    ]
+    corpus = mix(
+        candidates, weak=config.mix_weak, retrieved=config.mix_retrieved, general=config.mix_general, seed=seed
+    )
+    numbers = {
+        "weak_samples": len(weak_samples),
+        "taught": len(kept),
+        "retrieved": len(related),
+        "tokens": corpus.tokens,
+        "available": corpus.available,
+        "shares": corpus.shares(),
+    }
+    with ledger.transaction():
+        ledger.record_corpus(sft, corpus.items)
+        ledger.decide(sft, 0, "corpus", numbers, corpus.summary())
+    return corpus
