@@ -32,9 +32,9 @@ WITHHELD = "plan"
 class WorldOptions:
     """Sizes and shares of a data set."""
 
-    clips_base: int = 2400
+    clips_base: int = 4000
     clips_pool: int = 2000
-    clips_eval: int = 200
+    clips_eval: int = 240
     questions_per_clip: int = 3
     base_turns: int = 4
     """Questions per base-training conversation, all about one clip."""

@@ -16,7 +16,7 @@ from examples.tabletop.scene import scenes
 
 GROUP = 8
 SHARES = {"normal": 1.0}
-PHASES = (("base", 0, "sft"), ("1-1", 1, "rl"), ("1-2", 1, "sft"), ("2-1", 2, "rl"), ("2-2", 2, "sft"))
+PHASES = (("base", 0, "base-sft"), ("1-1 RL", 1, "rl"), ("1-2 SFT", 1, "sft"), ("2-1 RL", 2, "rl"), ("2-2 SFT", 2, "sft"))
 START = 1.79e9
 
 
@@ -28,7 +28,7 @@ def _samples(count: int, folder: Path, pool: str, clips: int) -> list[Sample]:
         write_video(folder / f"{number:05d}.mp4", render(drawn[number], 2), 2)
     found = []
     for number in range(count):
-        place, kind = number % len(drawn), list(KINDS)[number // len(drawn) % len(KINDS)]
+        place, kind = number // len(KINDS) % len(drawn), list(KINDS)[number % len(KINDS)]
         question = ask(drawn[place], kind, rng)
         media = Media("video", str(folder / f"{place:05d}.mp4"))
         found.append(
@@ -37,6 +37,12 @@ def _samples(count: int, folder: Path, pool: str, clips: int) -> list[Sample]:
                    {"kind": kind, "truth": full_answer(question)})
         )  # fmt: skip
     return found
+
+
+def _sum(a: int, b: int) -> Sample:
+    question = (Turn("user", f"what is {a} plus {b} ?"),)
+    truth = {"truth": f"<answer>{a + b}</answer>"}
+    return Sample(f"general-{a}-{b}", "exact", question, gold=str(a + b), source="general", extras=truth)
 
 
 def _skill(sample: Sample, progress: float) -> float:
@@ -73,13 +79,12 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
     folder.mkdir(parents=True, exist_ok=True)
     pool = _samples(max(72, rollouts // GROUP // 2), folder / "media" / "pool", "rl", clips)
     held_out = _samples(180, folder / "media" / "eval", "eval", 4)
-    general = [Sample(f"general-{k}", "exact", (Turn("user", f"what is {k % 9} plus {k // 9} ?"),), gold=str(k % 9 + k // 9),
-                      source="general", extras={"truth": f"<answer>{k % 9 + k // 9}</answer>"}) for k in range(60)]  # fmt: skip
+    general = [_sum(k % 9, k // 9) for k in range(60)]
     steps = max(12, rollouts // (GROUP * 64))
     with Ledger(folder / "ledger.sqlite") as ledger, (folder / "metrics.jsonl").open("w") as metrics:
         ledger.add_samples(pool, "rl")
         ledger.add_samples(held_out, "eval")
-        ledger.add_samples(general, "eval_general")
+        ledger.add_samples(general, "eval-general")
         ledger.plan([PhasePlan(name, loop, kind, 32.0 * max(loop, 1)) for name, loop, kind in PHASES])
         step, clock, order = 0, START, 0
         for number, (name, _, kind) in enumerate(PHASES):
@@ -113,7 +118,7 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
                            "time/data": 0.2, "time/optimizer": 0.3}  # fmt: skip
                     metrics.write(json.dumps(row) + "\n")
                     step, clock = step + 1, clock + 2.5
-            for set_name, samples, drift in (("eval", held_out, 0.0), ("eval_general", general, 0.4)):
+            for set_name, samples, drift in (("eval", held_out, 0.0), ("eval-general", general, 0.4)):
                 answers = [_answer(s, bool(rng.random() < max(_skill(s, (number + 1) / len(PHASES)), drift)), 0, rng)
                            for s in samples]  # fmt: skip
                 ledger.record_evaluation(name, step, set_name, {}, answers)
@@ -151,8 +156,11 @@ def _write_step(file: object, step: int, name: str, progress: float, success: fl
 def _refine(ledger: Ledger, name: str, pool: list[Sample], general: list[Sample], rng: np.random.Generator) -> None:
     """Teacher answers for unsolved samples and the corpus made of them."""
     weak = [s for s in pool if s.objective == "planning"][:200]
-    answers = [TeacherAnswer(s.id, 0, k, "oracle", str(s.extras["truth"]), 1.0 if k < 3 else 0.1, k < 3, k == 0, None, 9)
-               for s in weak for k in range(4)]  # fmt: skip
+    answers = [
+        TeacherAnswer(s.id, 0, k, "oracle", str(s.extras["truth"]), 1.0 if k < 3 else 0.1, k < 3, k == 0, None, 9)
+        for s in weak
+        for k in range(4)
+    ]
     ledger.record_teacher(name, answers)
     chosen = [("weak", s) for s in weak] + [("retrieved", s) for s in pool[: len(weak) // 2]]
     chosen += [("general", s) for s in general[: max(1, len(weak) // 3)]]

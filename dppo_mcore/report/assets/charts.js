@@ -66,7 +66,7 @@ function nearest(points, at) {
 }
 
 function hover(svg, series, x, y, width, height, format) {
-  const cursor = shape("line", { cls: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom, x1: -9, x2: -9 });
+  const cursor = shape("line", { cls: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom, x1: 0, x2: 0 });
   const area = shape("rect", { x: MARGIN.left, y: 0, width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.bottom, fill: "transparent" });
   svg.append(cursor, area);
   area.addEventListener("pointermove", (event) => {
@@ -77,9 +77,10 @@ function hover(svg, series, x, y, width, height, format) {
       : first[0][0] + ((place - x(first[0][0])) / (x(first[first.length - 1][0]) - x(first[0][0]))) * (first[first.length - 1][0] - first[0][0]);
     const step = nearest(first, at)[0];
     cursor.setAttribute("x1", x(step)); cursor.setAttribute("x2", x(step));
+    cursor.style.visibility = "visible";
     showTip(`step ${compact(step)}\n${series.map((one) => `${one.name}  ${format(nearest(one.points, step)[1])}`).join("\n")}`, event.clientX, event.clientY);
   });
-  area.addEventListener("pointerleave", () => { cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); hideTip(); });
+  area.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; hideTip(); });
 }
 
 // columns: [[x, [counts per class]]], drawn as shares of each column.

@@ -45,16 +45,15 @@ function timeline() {
   }
   shown.forEach((phase, k) => {
     const start = x(phase.started_at - from), end = x((phase.ended_at || DATA.made) - from);
-    const [fill] = kindOf(phase.kind);
     svg.append(shape("text", { cls: "strong", x: 138, y: k * line + 19, "text-anchor": "end" }, phase.name));
-    svg.append(withTip(shape("rect", { x: start, y: k * line + 5, width: Math.max(3, end - start), height: 20, rx: 4, style: `fill:${fill}` }),
+    svg.append(withTip(shape("rect", { x: start, y: k * line + 5, width: Math.max(3, end - start), height: 20, rx: 4, style: `fill:${kindColor(phase.kind)}` }),
       `${phase.name} (${phase.state})\n${duration((phase.ended_at || DATA.made) - phase.started_at)}${phase.horizon ? `, clips up to ${phase.horizon} s` : ""}\n${phase.reason || ""}`));
   });
   const rows = DATA.phases.map((phase) => [phase.name, phase.kind, phase.state, phase.horizon ? `${phase.horizon} s` : "",
     phase.start_step === null ? "" : `${phase.start_step} to ${phase.end_step ?? "…"}`, phase.rollouts || null,
     phase.started_at ? duration((phase.ended_at || DATA.made) - phase.started_at) : "", phase.reason]);
   body("timeline").append(lead("Reinforcement learning finds what the model can't do, supervised refinement repairs it, clips get longer, and round again."),
-    figure({ title: "Wall time", drawing: svg, legend: [...new Set(shown.map((phase) => kindOf(phase.kind)[1]))].map((name) => ({ name, color: Object.values(KIND).find((kind) => kind[1] === name)?.[0] || "var(--c8)" })),
+    figure({ title: "Wall time", drawing: svg, legend: [...new Set(shown.map((phase) => phase.kind))].map((kind) => ({ name: KIND_NAMES[kind] || kind, color: kindColor(kind) })),
       label: `Phases: ${shown.map((phase) => `${phase.name} ${duration((phase.ended_at || DATA.made) - phase.started_at)}`).join(", ")}`,
       columns: ["phase", "kind", "state", "clips", "steps", "rollouts", "time", "why it ended"], rows }));
 }
@@ -119,7 +118,7 @@ function stagnation() {
     const lines = [{ name: "S over all", color: "var(--ink)", points: series["rl/stagnation"] },
       ...found.map((name) => ({ name: name.slice(14), color: colorOf(name.slice(14)), points: series[name], faint: true }))];
     parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective and over all.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold(), name: `ends at ${threshold()}` },
-      bands: bands(), moments: decided.map((one) => ({ at: one.step, name: "" })), format: (value) => value.toFixed(2), size: [1160, 280] }));
+      bands: bands(), moments: decided.map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, name: `S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
   }
   for (const one of decided.slice(-8)) {
     const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, +task.score.toFixed(3), percent(task.success, 1), +task.extremity.toFixed(3), +task.flatness.toFixed(3),
@@ -131,7 +130,7 @@ function stagnation() {
 }
 
 const threshold = () => +(/stagnation_threshold:\s*([\d.]+)/.exec(DATA.facts.config)?.[1] ?? .7);
-const bands = () => Object.entries(DATA.curves.spans).map(([name, [from, to]]) => ({ from, to, name, color: kindOf(DATA.phases.find((phase) => phase.name === name)?.kind || name)[0] }));
+const bands = () => Object.entries(DATA.curves.spans).map(([name, [from, to]]) => ({ from, to, name, color: kindColor(DATA.phases.find((phase) => phase.name === name)?.kind) }));
 
 const CURVES = [
   ["Reward", ["rl/reward", "rl/success", "rl/format"]], ["KL", ["rl/kl_ref", "rl/kl_old", "rl/kl_rollout"]], ["Entropy", ["rl/entropy"]],

@@ -37,6 +37,7 @@ function compact(number) {
 }
 
 function duration(seconds) {
+  if (seconds === 0) return "0 s";
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 120) return `${Math.round(seconds)} s`;
   if (seconds < 7200) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;

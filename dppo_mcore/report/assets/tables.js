@@ -23,5 +23,6 @@ const objectives = [...new Set([
 ])].sort();
 const colorOf = (objective) => (isGeneral(objective) ? "var(--c8)" : color(Math.max(0, objectives.indexOf(objective))));
 
-const KIND = { sft: ["var(--c1)", "SFT"], rl: ["var(--c0)", "RL"], buffer: ["var(--c4)", "buffer"], evaluate: ["var(--c2)", "evaluation"] };
-const kindOf = (kind) => KIND[Object.keys(KIND).find((name) => kind.toLowerCase().includes(name))] || ["var(--c8)", kind];
+const KIND = { "base-sft": "var(--c8)", buffer: "var(--c4)", rl: "var(--c0)", weakness: "var(--c5)", sft: "var(--c1)" };
+const KIND_NAMES = { "base-sft": "first SFT", buffer: "buffer", rl: "RL", weakness: "weaknesses and teacher", sft: "SFT" };
+const kindColor = (kind) => KIND[kind] || "var(--c6)";
