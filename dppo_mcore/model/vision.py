@@ -137,24 +137,17 @@ def span_attention(q_PHD: Tensor, k_PHD: Tensor, v_PHD: Tensor, spans: Spans) ->
 class VisionNorm(nn.RMSNorm):
     """RMS norm with the tower's epsilon."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        super().__init__(size, eps=1e-6, dtype=dtype, device=torch.cuda.current_device())
-
-
-def _linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
-    return nn.Linear(inputs, outputs, dtype=dtype, device=torch.cuda.current_device())
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
     """Patches [P, values] to features [P, C]; the convolution covers a patch exactly, so it is a product."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-        self.proj = nn.Conv3d(
-            vision.in_channels, vision.hidden_size, kernel, stride=kernel, bias=False, dtype=dtype,
-            device=torch.cuda.current_device(),
-        )  # fmt: skip
+        self.proj = nn.Conv3d(vision.in_channels, vision.hidden_size, kernel, stride=kernel, bias=False)
 
     def forward(self, patches_P: Tensor) -> Tensor:
         return F.linear(patches_P.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
@@ -163,11 +156,11 @@ class PatchEmbed(nn.Module):
 class VisionAttention(nn.Module):
     """Bidirectional attention with two-dimensional rotary positions."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         self.num_heads = vision.num_heads
-        self.qkv = _linear(vision.hidden_size, 3 * vision.hidden_size, dtype)
-        self.proj = _linear(vision.hidden_size, vision.hidden_size, dtype)
+        self.qkv = nn.Linear(vision.hidden_size, 3 * vision.hidden_size)
+        self.proj = nn.Linear(vision.hidden_size, vision.hidden_size)
 
     def forward(self, x_PC: Tensor, layout: FrameLayout, spans: Spans) -> Tensor:
         q, k, v = self.qkv(x_PC).view(x_PC.shape[0], 3, self.num_heads, -1).unbind(1)
@@ -185,11 +178,11 @@ def _rotate(x_PHD: Tensor, layout: FrameLayout) -> Tensor:
 class VisionMlp(nn.Module):
     """SwiGLU with biases."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
-        self.gate_proj = _linear(vision.hidden_size, vision.intermediate_size, dtype)
-        self.up_proj = _linear(vision.hidden_size, vision.intermediate_size, dtype)
-        self.down_proj = _linear(vision.intermediate_size, vision.hidden_size, dtype)
+        self.gate_proj = nn.Linear(vision.hidden_size, vision.intermediate_size)
+        self.up_proj = nn.Linear(vision.hidden_size, vision.intermediate_size)
+        self.down_proj = nn.Linear(vision.intermediate_size, vision.hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_PC)) * self.up_proj(x_PC))
@@ -198,12 +191,12 @@ class VisionMlp(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = VisionNorm(vision.hidden_size, dtype)
-        self.norm2 = VisionNorm(vision.hidden_size, dtype)
-        self.attn = VisionAttention(vision, dtype)
-        self.mlp = VisionMlp(vision, dtype)
+        self.norm1 = VisionNorm(vision.hidden_size)
+        self.norm2 = VisionNorm(vision.hidden_size)
+        self.attn = VisionAttention(vision)
+        self.mlp = VisionMlp(vision)
 
     def forward(self, x_PC: Tensor, layout: FrameLayout, spans: Spans) -> Tensor:
         x_PC = x_PC + self.attn(self.norm1(x_PC), layout, spans)
@@ -213,12 +206,12 @@ class VisionBlock(nn.Module):
 class Merger(nn.Module):
     """Four neighbouring patches to one media embedding."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         self.width = vision.hidden_size * vision.merge_unit
-        self.ln_q = VisionNorm(vision.hidden_size, dtype)
+        self.ln_q = VisionNorm(vision.hidden_size)
         self.mlp = nn.Sequential(
-            _linear(self.width, self.width, dtype), nn.GELU(), _linear(self.width, vision.out_hidden_size, dtype)
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, vision.out_hidden_size)
         )
 
     def forward(self, x_PC: Tensor) -> Tensor:
@@ -228,13 +221,13 @@ class Merger(nn.Module):
 class VisionTower(nn.Module):
     """Patch embedding, blocks and merger. A frozen part runs without keeping activations."""
 
-    def __init__(self, vision: VisionConfig, dtype: torch.dtype, recompute: bool = False) -> None:
+    def __init__(self, vision: VisionConfig, recompute: bool = False) -> None:
         super().__init__()
         self.vision = vision
         self.recompute = recompute
-        self.patch_embed = PatchEmbed(vision, dtype)
-        self.blocks = nn.ModuleList(VisionBlock(vision, dtype) for _ in range(vision.depth))
-        self.merger = Merger(vision, dtype)
+        self.patch_embed = PatchEmbed(vision)
+        self.blocks = nn.ModuleList(VisionBlock(vision) for _ in range(vision.depth))
+        self.merger = Merger(vision)
 
     def freeze(self, tower: bool, merger: bool) -> None:
         """Exclude the tower (patch embedding and blocks), the merger, or both from learning."""

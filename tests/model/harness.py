@@ -190,3 +190,26 @@ def training(
             if piece.numel:
                 worst = max(worst, float((piece.view - piece.of(expected[piece.tensor.name])).abs().max()))
     return {"losses": losses, "weight": worst}
+
+
+def encode_and_differentiate(
+    parallel: ParallelConfig,
+    folder: str,
+    model: ModelConfig,
+    patches_P: Tensor,
+    grids: tuple[tuple[int, int, int], ...],
+) -> dict[str, Any]:
+    """On a rank: media embeddings, operations of encoding them, and gradients of a weighted sum after reduction."""
+    from flops import count_flops
+
+    _, chunks = start_model(folder, parallel, model)
+    wrapped = wrap(chunks)
+    flops = count_flops(lambda: chunks[0].encode_media(patches_P, grids))
+    wrapped[0].zero_grad_buffer()
+    embeddings = chunks[0].encode_media(patches_P, grids)
+    weight = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(5))
+    (embeddings * weight).sum().backward()
+    finalize_model_grads(wrapped)
+    ranks = parallel_state.get_data_parallel_world_size()
+    gradients = {name: p.main_grad.clone() / ranks for name, p in chunks[0].vision.named_parameters()}
+    return {"embeddings": embeddings.detach(), "flops": flops, "gradients": gradients}

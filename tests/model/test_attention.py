@@ -1,0 +1,98 @@
+"""Packed attention against one dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from dppo_mcore.model import attention
+from dppo_mcore.model.attention import Segment, find_segments, plan_attention
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+def rows(*groups: tuple[int, tuple[int, ...]], padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Segment and branch numbers of (prompt length, response lengths) groups."""
+    segments, branches = [], []
+    for number, (prompt, responses) in enumerate(groups):
+        segments += [number] * (prompt + sum(responses))
+        branches += [0] * prompt + [g + 1 for g, length in enumerate(responses) for _ in range(length)]
+    return (
+        torch.tensor(segments + [-1] * padding, dtype=torch.int32),
+        torch.tensor(branches + [0] * padding, dtype=torch.int32),
+    )
+
+
+def dense(q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, segments_L: Tensor, branches_L: Tensor) -> Tensor:
+    """The definition: j <= i, same segment, and j in the prompt or in i's own branch."""
+    place = torch.arange(len(segments_L))
+    seen = (segments_L[:, None] == segments_L) & (place[:, None] >= place)
+    seen &= (branches_L == 0) | (branches_L[:, None] == branches_L)
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k_LGD, v_LGD))
+    scores = torch.einsum("ihd,jhd->hij", q_LHD, k) * DIM**-0.5
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+CASES = {
+    "plain": rows((5, ()), (1, ()), (9, ())),
+    "shared": rows((6, (3, 1, 4)), padding=2),
+    "several": rows((4, (2,)), (7, ()), (3, (1, 5, 2, 2)), padding=5),
+    "long-responses": rows((10, (30, 3, 40, 20))),
+}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_dense_mask(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "RESPONSE_CHUNK", 32)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)  # compiled, it wants a C++ compiler here
+    segments_L, branches_L = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((len(segments_L), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(len(segments_L), HEADS, DIM, generator=generator, dtype=torch.float64)
+    expected = dense(*inputs, segments_L, branches_L)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    plan = plan_attention(segments_L, branches_L, backend)
+    if backend == "flex":  # no backward pass on a CPU
+        got = plan.attend(1, *(x.detach() for x in inputs), DIM**-0.5)
+        torch.testing.assert_close(got, expected.detach(), rtol=0, atol=1e-6)
+        return
+    got = plan.attend(1, *inputs, DIM**-0.5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad((got * weight).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_spans_are_read_off_the_row() -> None:
+    found = find_segments(*rows((4, (2, 1)), (3, ()), padding=2))
+    assert found == (Segment((0, 4), ((4, 6), (6, 7))), Segment((7, 10)), Segment((10, 12)))
+
+
+def test_no_mask_is_as_large_as_the_row() -> None:
+    """The masks of a long group grow with its responses, not with the square of the row."""
+    segments_L, branches_L = rows((3000, (40,) * 8))
+    plan = plan_attention(segments_L, branches_L, "sdpa")
+    q, k, v = (torch.randn(len(segments_L), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    plan.attend(1, q, k, v, 1.0)
+    assert sum(mask.numel() for mask in plan.masks.values()) <= 320 * len(segments_L)
+
+
+@pytest.mark.parametrize(
+    ("segments", "branches", "message"),
+    [
+        ([0, 0, 1, 0], [0, 0, 0, 0], "is split"),
+        ([0, 0, 1, 1], [0, 0, 1, 1], "does not start with its prompt"),
+        ([0, 0, 0], [0, 1, 0], "prompt tokens after a response"),
+    ],
+)
+def test_rows_out_of_order_are_refused(segments: list[int], branches: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_segments(torch.tensor(segments), torch.tensor(branches))
+
+
+def test_flash_refuses_shared_prompts_by_its_flag() -> None:
+    with pytest.raises(ValueError, match="--attention-backend flash"):
+        plan_attention(*rows((4, (2, 1))), "flash")
