@@ -22,19 +22,11 @@ from dppo_mcore.config import DataConfig
 from dppo_mcore.data import errors
 from dppo_mcore.data.errors import DataError, MediaError
 from dppo_mcore.data.frames import plan_key
+from dppo_mcore.data.messages import Answer, Request, Setup, Task, read_message, read_pixels, write_message
 from dppo_mcore.data.patches import normalise
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
-from dppo_mcore.data.worker import (
-    Answer,
-    Request,
-    Setup,
-    Task,
-    plan_request,
-    read_message,
-    read_pixels,
-    write_message,
-)
+from dppo_mcore.data.worker import plan_request
 from dppo_mcore.types import Prompt, PromptMedia
 
 # A clip that takes longer than this has hung its decoder.
@@ -59,7 +51,7 @@ class PromptSource:
         quarantine: Quarantine | None = None,
     ) -> None:
         self.processor = Processor(model_dir, data, device)
-        self.quarantine = quarantine or Quarantine()
+        self.quarantine = Quarantine() if quarantine is None else quarantine
         self.counts: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self._ahead = max(data.decode_ahead, 1)
@@ -226,8 +218,8 @@ class _WorkerPool:
     """One thread per worker process; a thread takes tasks and waits for its process."""
 
     def __init__(self, setup: Setup, count: int, processor: Processor) -> None:
-        self._setup = setup
         self._geometry = processor.geometry
+        self._closed = False
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(setup) for _ in range(count)]
         for worker in self._workers:
@@ -238,7 +230,10 @@ class _WorkerPool:
         return self._threads.submit(self._run, task)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.kill()
 
@@ -249,7 +244,9 @@ class _WorkerPool:
             for _ in range(2):
                 try:
                     answer, pixels = worker.ask(task)
-                except (EOFError, OSError):
+                except (EOFError, OSError, ValueError):
+                    if self._closed:
+                        break
                     worker.restart()
                 else:
                     return answer, pixels, [normalise(pixels_PV, self._geometry) for pixels_PV in pixels]
@@ -284,20 +281,22 @@ class _Worker:
     def restart(self) -> None:
         """The next task gets a fresh process."""
         self.kill()
+        self._close_pipes()
         self._process = None
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout) if self._process else ():
+            try:
+                pipe.close()  # type: ignore[union-attr]
+            except OSError:
+                pass  # what was left to write has nobody to read it
 
     def kill(self) -> None:
         """End the process."""
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait(KILL_WAIT_SECONDS)
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                if pipe:
-                    pipe.close()
-            except OSError:
-                pass
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait(KILL_WAIT_SECONDS)
 
     def _start(self) -> subprocess.Popen[bytes]:
         import dppo_mcore

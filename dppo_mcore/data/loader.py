@@ -12,8 +12,8 @@ import numpy as np
 from dppo_mcore.data.ahead import PromptSource
 from dppo_mcore.data.balance import balance
 from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.messages import Request
 from dppo_mcore.data.packing import pack_conversations, sequence_cost
-from dppo_mcore.data.worker import Request
 from dppo_mcore.types import PackedBatch, Prompt
 
 

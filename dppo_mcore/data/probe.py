@@ -28,7 +28,7 @@ class ClipInfo:
     times: np.ndarray
     """float64 [N], seconds from the first frame."""
     pts: np.ndarray | None
-    """int64 [N] in stream units; None where the container has decoding times only (such clips are never seeked)."""
+    """int64 [N] in stream units; None where the container has none or repeats them: frames are then counted."""
     keyframes: np.ndarray
     """bool [N]."""
     closed: bool
@@ -83,6 +83,8 @@ def _demux(path: str, container: Any) -> ClipInfo:
         raise MediaError(path, errors.WRONG_KIND, f"an image ({container.format.name}) given as a video")
     stream = video_stream(path, container)
     codec = stream.codec_context
+    if container.format.name == "avi" and _avi_has_no_rate(path):
+        raise MediaError(path, errors.NO_RATE, "the header says 0 frames per second")
     if codec is None or not codec.width or not codec.height:
         raise MediaError(path, errors.UNREADABLE, "the header has no codec or frame size")
     rows: list[tuple[int | None, int | None, bool, int]] = []
@@ -115,8 +117,8 @@ def _timeline(path: str, stream: Any, rows: list[tuple[Any, Any, bool, int]], ro
     order = np.argsort(np.array(ticks, np.int64), kind="stable")
     pts = np.array(ticks, np.int64)[order]
     steps = np.diff(pts)
-    if len(rows) > 1 and (steps.sum() == 0 or stream.time_base == 0):
-        raise MediaError(path, errors.NO_RATE, f"all {len(rows)} frames carry the same time")
+    if len(rows) > 1 and (steps.sum() == 0 or (not stream.average_rate and not steps.all())):
+        raise MediaError(path, errors.NO_RATE, f"{int((steps == 0).sum()) + 1} of {len(rows)} frames share their time")
     unit = float(stream.time_base)
     usual = (
         float(np.median(steps[steps > 0]))
@@ -128,15 +130,25 @@ def _timeline(path: str, stream: Any, rows: list[tuple[Any, Any, bool, int]], ro
     return ClipInfo(
         path=path,
         times=times,
-        pts=pts if has_pts else None,
+        pts=pts if has_pts and steps.all() else None,
         keyframes=np.array([row[2] for row in rows])[order],
-        closed=has_pts and _is_closed(ticks, [row[2] for row in rows]),
+        closed=has_pts and bool(steps.all()) and _is_closed(ticks, [row[2] for row in rows]),
         duration=float(times[-1]) + (last if 0 < last < 100 * usual else usual) * unit,
         width=stream.codec_context.width,
         height=stream.codec_context.height,
         rotation=rotation,
         codec=stream.codec_context.name,
     )
+
+
+def _avi_has_no_rate(path: str) -> bool:
+    """FFmpeg takes such a clip for 25 frames per second, which is as wrong as any other guess."""
+    with open(path, "rb") as file:
+        head = file.read(8192)
+    at = head.find(b"strh")
+    while at >= 0 and head[at + 8 : at + 12] != b"vids":
+        at = head.find(b"strh", at + 4)
+    return 0 <= at <= len(head) - 36 and struct.unpack_from("<I", head, at + 32)[0] == 0
 
 
 def _is_closed(ticks: list[Any], keys: list[bool]) -> bool:

@@ -65,12 +65,16 @@ def write_clip(
     size: tuple[int, int] = (64, 64),
     times: Sequence[float] | None = None,
     rotation: int = 0,
+    streaming: bool = False,
 ) -> Path:
-    """Write a clip of numbered frames; `times` in seconds makes the rate variable, `rotation` is counter-clockwise."""
+    """Write a clip of numbered frames; `times` in seconds makes the rate variable, `rotation` is counter-clockwise.
+
+    `streaming` puts an MP4's index before its pictures.
+    """
     how = CODECS[codec]
     height, width = size
     odd = height % 2 or width % 2
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options={"movflags": "faststart"} if streaming else {}) as container:
         stream = container.add_stream(how.encoder, rate=fps, options=dict(how.options))
         stream.width, stream.height = width, height
         stream.pix_fmt = how.odd_pixels if odd and how.odd_pixels else how.pixels
