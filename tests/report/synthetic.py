@@ -16,7 +16,19 @@ from examples.tabletop.scene import scenes
 
 GROUP = 8
 SHARES = {"normal": 1.0}
-PHASES = (("base", 0, "base-sft"), ("1-1 RL", 1, "rl"), ("1-2 SFT", 1, "sft"), ("2-1 RL", 2, "rl"), ("2-2 SFT", 2, "sft"))
+PHASES = (
+    ("base", 0, "base-sft"),
+    ("1-1 RL", 1, "rl"),
+    ("1-2 SFT", 1, "sft"),
+    ("2-1 RL", 2, "rl"),
+    ("2-2 SFT", 2, "sft"),
+)
+    ("base", 0, "base-sft"),
+    ("1-1 RL", 1, "rl"),
+    ("1-2 SFT", 1, "sft"),
+    ("2-1 RL", 2, "rl"),
+    ("2-2 SFT", 2, "sft"),
+)
 START = 1.79e9
 
 
