@@ -25,13 +25,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `first .. first + rows` of the compacted input; tensors are padded to whole quanta."""
+    """Rows `first .. first + rows` of the compacted input; P is `rows` padded to whole quanta with zero rows."""
 
     first: int
     rows: int
-    hidden_CH: Tensor
+    hidden_PH: Tensor
     targets_C: Tensor
-    logits_CV: Tensor
+    logits_PV: Tensor
 
     @property
     def here(self) -> slice:
@@ -82,64 +82,63 @@ class Head:
         padded = _quantum(max(1, rows))
         width = self.hidden_NH.shape[1]
         if self.rows_n is None and padded == rows and self.hidden_NH.stride(1) == 1:
-            hidden_CH = self.hidden_NH[first : first + rows]
+            hidden_PH = self.hidden_NH[first : first + rows]
         else:
-            hidden_CH = self._buffer("hidden", padded, width, self.hidden_NH.dtype)
+            hidden_PH = self._buffer("hidden", padded, width, self.hidden_NH.dtype)
             if self.rows_n is None:
-                hidden_CH[:rows].copy_(self.hidden_NH[first : first + rows])
+                hidden_PH[:rows].copy_(self.hidden_NH[first : first + rows])
             else:
-                torch.index_select(self.hidden_NH, 0, self.rows_n[first : first + rows], out=hidden_CH[:rows])
-            hidden_CH[rows:].zero_()
-        targets_C = torch.full((padded,), -1, dtype=torch.int64, device=self.targets_n.device)
-        targets_C[:rows] = self.targets_n[first : first + rows]
+                torch.index_select(self.hidden_NH, 0, self.rows_n[first : first + rows], out=hidden_PH[:rows])
+            hidden_PH[rows:].zero_()
         columns = self.weight_VH.shape[0]
-        logits_CV = self._buffer("logits", padded, _padded(columns), self.dtype)[:, :columns]
-        products.logits_into(logits_CV, hidden_CH, self.weight_VH)
-        return Chunk(first, rows, hidden_CH, targets_C, logits_CV)
+        logits_PV = self._buffer("logits", padded, _padded(columns), self.dtype)[:, :columns]
+        products.logits_into(logits_PV, hidden_PH, self.weight_VH)
+        return Chunk(first, rows, hidden_PH, self.targets_n[first : first + rows], logits_PV)
 
     def stats(self, chunk: Chunk, entropy: bool, keep: bool) -> tuple[RowStats, Tensor]:
-        """Statistics of a chunk over all ranks, and this rank's own row maxima (padding rows included)."""
-        mine_4C = self.versions.chunk_stats(chunk.logits_CV, chunk.targets_C, self.shard, self.scale, entropy, keep)
+        """Statistics of a chunk's rows over all ranks, and this rank's own row maxima."""
+        logits_CV = chunk.logits_PV[: chunk.rows]
+        mine_4C = self.versions.chunk_stats(logits_CV, chunk.targets_C, self.shard, self.scale, entropy, keep)
         return self.versions.combine(self.shard.gather(mine_4C)), mine_4C[0]
 
     def backward(
         self,
         chunk: Chunk,
         stats: RowStats,
-        grad_logprob: Tensor | None,
-        grad_entropy: Tensor | None,
+        grad_logprob_C: Tensor | None,
+        grad_entropy_C: Tensor | None,
         grad_hidden_NH: Tensor | None,
         weight_grad: WeightGrad | None,
         kept_max_C: Tensor | None = None,
     ) -> None:
-        """From gradients of a chunk's rows to those of hidden states and weight; stats may lack the padding rows."""
-        padded = chunk.targets_C.shape[0]
-        dlogits_CV = self.versions.chunk_grads(
-            chunk.logits_CV,
+        """From gradients of a chunk's rows to those of hidden states and weight."""
+        chunk.logits_PV[chunk.rows :].zero_()
+        dlogits_PV = self.versions.chunk_grads(
+            chunk.logits_PV,
             chunk.targets_C,
             self.shard,
             self.scale,
-            stats if stats.sum_C.shape[0] == padded else _pad_stats(stats, padded),
-            _pad(grad_logprob, padded),
-            _pad(grad_entropy, padded),
+            stats,
+            grad_logprob_C,
+            grad_entropy_C,
             kept_max_C,
             self.weight_VH.dtype,
         )
         pending = None
         if grad_hidden_NH is not None:
-            grad_CH = self._buffer("grad_hidden", padded, self.hidden_NH.shape[1], self.dtype)
-            products.hidden_grad_into(grad_CH, dlogits_CV, self.weight_VH)
+            grad_PH = self._buffer("grad_hidden", len(dlogits_PV), self.hidden_NH.shape[1], self.dtype)
+            products.hidden_grad_into(grad_PH, dlogits_PV, self.weight_VH)
             if self.shard.group is not None:
-                pending = dist.all_reduce(grad_CH, group=self.shard.group, async_op=True)
+                pending = dist.all_reduce(grad_PH, group=self.shard.group, async_op=True)
         if weight_grad is not None:
-            weight_grad.add(dlogits_CV, chunk.hidden_CH)
+            weight_grad.add(dlogits_PV, chunk.hidden_PH)
         if grad_hidden_NH is not None:
             if pending is not None:
                 pending.wait()
             if self.rows_n is None:
-                grad_hidden_NH[chunk.here].copy_(grad_CH[: chunk.rows])
+                grad_hidden_NH[chunk.here].copy_(grad_PH[: chunk.rows])
             else:
-                grad_hidden_NH.index_copy_(0, self.rows_n[chunk.here], grad_CH[: chunk.rows].to(grad_hidden_NH.dtype))
+                grad_hidden_NH.index_copy_(0, self.rows_n[chunk.here], grad_PH[: chunk.rows].to(grad_hidden_NH.dtype))
 
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Scratch of the largest chunk, made once."""
@@ -161,9 +160,9 @@ class WeightGrad:
         self.sum_VH = into
         self._columns = columns
 
-    def add(self, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
+    def add(self, dlogits_PV: Tensor, hidden_PH: Tensor) -> None:
         """Add a chunk's share."""
-        products.weight_grad_into(self.sum_VH[: self._columns], dlogits_CV, hidden_CH, add=self._started)
+        products.weight_grad_into(self.sum_VH[: self._columns], dlogits_PV, hidden_PH, add=self._started)
         self._started = True
 
 
@@ -230,20 +229,3 @@ def _quantum(rows: int) -> int:
 def _padded(columns: int) -> int:
     """Row pitch of the logits: whole 64-byte lines, so that rows stay aligned for odd vocabularies."""
     return -(-max(1, columns) // 16) * 16
-
-
-def _pad(values: Tensor | None, rows: int) -> Tensor | None:
-    if values is None or values.shape[0] == rows:
-        return values
-    return torch.nn.functional.pad(values, (0, rows - values.shape[0]))
-
-
-def _pad_stats(stats: RowStats, rows: int) -> RowStats:
-    extra = (0, rows - stats.sum_C.shape[0])
-    pad = torch.nn.functional.pad
-    return RowStats(
-        pad(stats.max_C, extra),
-        pad(stats.sum_C, extra, value=1.0),
-        pad(stats.logprob_C, extra),
-        pad(stats.entropy_C, extra),
-    )

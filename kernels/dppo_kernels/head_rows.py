@@ -77,7 +77,7 @@ def combine(gathered_W4C: Tensor) -> RowStats:
 
 
 def chunk_grads(
-    logits_CV: Tensor,
+    logits_PV: Tensor,
     targets_C: Tensor,
     shard: VocabShard,
     scale: float,
@@ -89,9 +89,11 @@ def chunk_grads(
 ) -> Tensor:
     """Gradient of the logits, in place: grad_logprob (onehot - p) - grad_entropy p (log p + entropy), by `scale`.
 
-    `kept_max_C`: the chunk already holds exp(z - kept_max); otherwise raw logits. A row without upstream gradient is
-    exactly zero, whatever its logits. `dtype` is for other versions; here the accumulator's type stays.
+    The chunk may have more rows than there are statistics: those are left alone. `kept_max_C`: the chunk already holds
+    exp(z - kept_max); otherwise raw logits. A row without upstream gradient is exactly zero, whatever its logits.
+    `dtype` is for other versions; here the accumulator's type stays.
     """
+    logits_CV = logits_PV[: stats.sum_C.shape[0]]
     shift_C = _finite(stats.max_C)
     grad_C = torch.zeros_like(stats.sum_C) if grad_logprob_C is None else grad_logprob_C * scale
     if grad_entropy_C is None:
@@ -114,7 +116,8 @@ def chunk_grads(
     if logits_CV.shape[1]:
         local_C, owned_C = _local(targets_C, shard)
         logits_CV.scatter_add_(1, local_C[:, None], torch.where(owned_C, grad_C, 0.0)[:, None])
-    return logits_CV.index_fill_(0, idle_C.nonzero()[:, 0], 0.0)
+    logits_CV.index_fill_(0, idle_C.nonzero()[:, 0], 0.0)
+    return logits_PV
 
 
 def _local(targets_C: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

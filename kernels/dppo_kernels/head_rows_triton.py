@@ -61,7 +61,7 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=["parts", "rows"])
 def union_kernel(parts_ptr, out_ptr, parts, rows, FINAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Union of [parts, 4, rows] statistics in their order. FINAL writes max, sum, log-prob, entropy, else statistics."""
+    """Union of [parts, 4, rows] statistics in order. FINAL writes max, sum, log-prob, entropy; else statistics."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     wide_rows = tl.cast(rows, tl.int64)
@@ -154,6 +154,8 @@ def chunk_stats(
     """As `head_rows.chunk_stats`; the logits stay as they are."""
     rows, columns = logits_CV.shape
     stats_4C = torch.empty(4, rows, dtype=torch.float32, device=logits_CV.device)
+    if rows == 0:
+        return stats_4C
     stats_kernel[(rows,)](
         logits_CV,
         targets_C,
@@ -190,7 +192,7 @@ def _union(parts_P4C: Tensor, final: bool) -> Tensor:
 
 
 def chunk_grads(
-    logits_CV: Tensor,
+    logits_PV: Tensor,
     targets_C: Tensor,
     shard: VocabShard,
     scale: float,
@@ -201,14 +203,16 @@ def chunk_grads(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As `head_rows.chunk_grads`, in `dtype` (under the interpreter fp32: its narrow types truncate)."""
-    rows, columns = logits_CV.shape
+    rows, columns = logits_PV.shape
     narrow = dtype is not None and dtype.itemsize == 2 and not interpreting()
-    pitch = logits_CV.stride(0)
-    out_CV = torch.as_strided(logits_CV, (rows, pitch), (pitch, 1)).view(dtype) if narrow else logits_CV
+    pitch = logits_PV.stride(0)
+    out_PV = torch.as_strided(logits_PV, (rows, pitch), (pitch, 1)).view(dtype) if narrow else logits_PV
     unused = stats.sum_C
-    grads_kernel[(rows,)](
-        logits_CV,
-        out_CV,
+    if len(unused) == 0:
+        return out_PV[:, :columns]
+    grads_kernel[(len(unused),)](
+        logits_PV,
+        out_PV,
         targets_C,
         stats.max_C,
         stats.sum_C,
@@ -218,11 +222,11 @@ def chunk_grads(
         columns,
         shard.start,
         pitch,
-        out_CV.stride(0),
+        out_PV.stride(0),
         scale,
         HAS_LOGPROB=grad_logprob_C is not None,
         HAS_ENTROPY=grad_entropy_C is not None,
         BLOCK=block_v(columns),
         num_warps=WARPS,
     )
-    return out_CV[:, :columns]
+    return out_PV[:, :columns]

@@ -121,8 +121,7 @@ def _chunked_stats(head: Head, entropy: bool) -> RowStats:
     for span in head.spans():
         chunk = head.logits(span)
         stats, _ = head.stats(chunk, entropy, keep=False)
-        n = chunk.rows
-        parts.append(RowStats(stats.max_C[:n], stats.sum_C[:n], stats.logprob_C[:n], stats.entropy_C[:n]))
+        parts.append(stats)
     return RowStats(
         torch.cat([part.max_C for part in parts]),
         torch.cat([part.sum_C for part in parts]),

@@ -17,7 +17,7 @@ from dppo_kernels.head import Head
 from dppo_kernels.head_rows import RowStats
 from dppo_kernels.head_rows_triton import NEG_INF, combine, finite, merge
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 WARPS, STAGES = 8, 4
 SPLITS = 8
 GROUP = 16

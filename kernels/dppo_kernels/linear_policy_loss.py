@@ -168,7 +168,7 @@ class _Walk:
         if len(pieces) == 1:
             chunk = self._head.logits(span)
             stats, kept_max_C = self._head.stats(chunk, entropy=True, keep=self._learns)
-            grad_n = self._loss(span, sequences, stats.logprob_C[: chunk.rows], stats.entropy_C[: chunk.rows])
+            grad_n = self._loss(span, sequences, stats.logprob_C, stats.entropy_C)
             if self._learns:
                 self._backward(chunk, stats, grad_n, kept_max_C)
             return
@@ -176,9 +176,8 @@ class _Walk:
         for piece in pieces:
             chunk = self._head.logits(piece)
             known.append(self._head.stats(chunk, entropy=True, keep=False)[0])
-        lengths = [b - a for a, b in pieces]
-        logprob_n = torch.cat([stats.logprob_C[:n] for stats, n in zip(known, lengths, strict=True)])
-        entropy_n = torch.cat([stats.entropy_C[:n] for stats, n in zip(known, lengths, strict=True)])
+        logprob_n = torch.cat([stats.logprob_C for stats in known])
+        entropy_n = torch.cat([stats.entropy_C for stats in known])
         grad_n = self._loss(span, sequences, logprob_n, entropy_n)
         if self._learns:
             for piece, stats in zip(pieces, known, strict=True):

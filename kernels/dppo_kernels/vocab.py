@@ -50,14 +50,14 @@ class VocabShard:
 
     def gather(self, stats_SC: Tensor) -> Tensor:
         """Statistics of every rank, in rank order: [W, S, C]."""
-        if self.group is None:
+        if self.group is None or stats_SC.numel() == 0:
             return stats_SC.unsqueeze(0)
         gathered = torch.empty(self.world * stats_SC.numel(), dtype=stats_SC.dtype, device=stats_SC.device)
         dist.all_gather_into_tensor(gathered, stats_SC.contiguous().view(-1), group=self.group)
         return gathered.view(self.world, *stats_SC.shape)
 
     def check_targets(self, targets_N: Tensor) -> None:
-        """On CPU a target that no rank owns is an error; on CUDA its row becomes NaN: a check would wait for the GPU."""
+        """On CPU a target that no rank owns is an error; on CUDA its row becomes NaN (a check would stall it)."""
         if targets_N.is_cuda or targets_N.numel() == 0:
             return
         wrong_N = (targets_N >= self.total) | ((targets_N >= 0) & (targets_N < self.first))

@@ -18,13 +18,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from dppo_kernels import group_advantages_triton as advantages  # noqa: E402
 from dppo_kernels import head_rows_triton as rows  # noqa: E402
 from dppo_kernels import linear_logprob_triton as fused  # noqa: E402
 from dppo_kernels import policy_loss_triton as policy  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARDS = (152064, 19008)
@@ -73,6 +72,12 @@ def measure(kernel: Any, constants: dict[str, Any], types: dict[str, str], warps
         shared=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", machine)),
         hgmma=len(re.findall(r"\bHGMMA\b", machine)),
+        specialised=[
+            each.name
+            for each in kernel.params
+            if not each.is_constexpr and not each.do_not_specialize and signature[each.name] == "i32"
+        ],
+        autotuned=not isinstance(kernel, triton.JITFunction),
         target=re.search(r"\.target (\S+)", compiled.asm["ptx"])[1],
     )
 
