@@ -85,6 +85,7 @@ def trainer(tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         beta=0.04,
         use_bias_correction_kl=False,
         use_cpu=True,
+        bf16=False,
         report_to=[],
     )
     trainer = GRPOTrainer(
