@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dppo_mcore.model.config import QwenConfig
+from dppo_mcore.runtime.errors import UserError
 
 Kind = Literal["column", "row", "qkv", "gate_up", "vocab", "replicated"]
 
@@ -29,7 +30,7 @@ _FUSED_NORMS = {
 _PREFIXES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
-class WeightError(ValueError):
+class WeightError(UserError):
     """A checkpoint that doesn't fit the model; the message names the key or file."""
 
 

@@ -4,56 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+import plan
 import pytest
 import torch
 
 from dppo_mcore.model.config import QwenConfig, load_qwen_config, parse_qwen_config
 from dppo_mcore.model.weight_map import WeightError, WeightMap, canonical_name, global_name, local_spec_name
 
-SIZES: dict[str, dict[str, Any]] = {
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-    "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
-            "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-    "72b": {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-}  # fmt: skip
-VISION_FFN = {"3b": 3420, "7b": 3420, "32b": 3456, "72b": 3456}
 
-
-def released_config(size: str) -> dict[str, Any]:
-    """config.json of a released checkpoint, as far as shapes go."""
-    text = SIZES[size]
-    return {
-        **text,
-        "model_type": "qwen2_5_vl",
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "eos_token_id": 151645,
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": VISION_FFN[size], "num_heads": 16, "in_chans": 3,
-            "in_channels": 3, "out_hidden_size": text["hidden_size"], "patch_size": 14, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
 def test_key_list_equals_transformers(size: str) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    raw = released_config(size)
+    raw = plan.released_config(size)
     with torch.device("meta"):
         reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**raw))
     expected = {canonical_name(name): tuple(p.shape) for name, p in reference.named_parameters()}
