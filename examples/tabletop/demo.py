@@ -44,7 +44,7 @@ def train(run: Path, ranks: int, flags: list[str]) -> int:
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
                    "HF_HUB_OFFLINE": "1", **os.environ}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               "-m", "dppo_mcore.train", "--config", CONFIG, "--run", str(run), *flags]  # fmt: skip
+               "-m", "dppo_mcore.train", "--config", CONFIG, "--run-folder", str(run), *flags]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -23,12 +23,6 @@ PHASES = (
     ("2-1 RL", 2, "rl"),
     ("2-2 SFT", 2, "sft"),
 )
-    ("base", 0, "base-sft"),
-    ("1-1 RL", 1, "rl"),
-    ("1-2 SFT", 1, "sft"),
-    ("2-1 RL", 2, "rl"),
-    ("2-2 SFT", 2, "sft"),
-)
 START = 1.79e9
 
 
