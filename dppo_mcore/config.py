@@ -16,7 +16,8 @@ class RunConfig:
     """What to run, on which model and pool."""
 
     run: str = "runs/default"
-    """Run folder; it owns configuration, ledger, checkpoints, logs and report."""
+    """Run folder; it owns configuration, ledger, checkpoints, logs and report. Also `--run-folder`: torchrun on
+    Python 3.11 takes `--run` for its own `--run-path`."""
     model: str = ""
     """Hugging Face directory of the starting checkpoint."""
     load: str = ""
@@ -255,6 +256,8 @@ class OptimizerConfig:
     """Where the decay ends, as a share of the peak."""
     max_bad_steps: int = 5
     """Non-finite gradients in a row before the run ends, naming the batch."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     offload: bool = False
     """Move weights, gradients and optimizer state to pinned memory while the engine generates."""
 

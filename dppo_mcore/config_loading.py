@@ -81,6 +81,9 @@ def _split(arguments: list[str]) -> tuple[str | None, bool, list[str]]:
                 raise ConfigError("--config: needs a file")
         elif argument in ("--print-config", "--print_config"):
             show = True
+        elif argument == "--run-folder" or argument.startswith("--run-folder="):
+            # torchrun on Python 3.11 takes `--run` for an abbreviation of its own `--run-path`.
+            rest.append("--run" + argument.removeprefix("--run-folder"))
         else:
             rest.append(argument)
     return file, show, rest

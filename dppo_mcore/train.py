@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from dppo_mcore import config_checks
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import load_or_exit
+from dppo_mcore.runtime import faults
+from dppo_mcore.runtime.log import start_logging
 
 
 def train(config: Config) -> None:
@@ -48,9 +51,8 @@ def main() -> None:
 
     def guarded() -> None:
         config_checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        start_logging(Path(config.run.run), int(os.environ.get("RANK", "0")))
         train(config)
-
-    from dppo_mcore.runtime import faults
 
     faults.run_guarded(guarded)
 

@@ -84,22 +84,30 @@ def _shown(pool: str, table: Mapping[str, Any]) -> str:
 
 
 def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]:
-    manifest = run.pools[pool]
-    size = min(len(manifest), run.config.output.eval_samples or len(manifest))
-    ids = [manifest[index].id for index in range(size)]
-    horizon = run.config.practice.horizons[-1]
-    answers: list[ScoredRollout] = []
-    push(run)
-    for start in range(0, size, CHUNK):
-        part = ids[start : start + CHUNK]
-        batch = roll_out(run, part, 1, pool=pool, horizon=horizon, label=f"eval {pool}", sampling=greedy(run.sampling))
-        answers += run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers])
+    samples, answers = answer_pool(run, pool, run.config.output.eval_samples)
 
     def keep() -> dict[str, Any]:
-        ordered = sorted(answers, key=lambda answer: ids.index(answer.rollout.sample_id))
-        samples = [manifest.get(answer.rollout.sample_id) for answer in ordered]
-        metrics = summarise(samples, ordered)
-        run.ledger.record_evaluation(phase, step, pool, metrics, ordered)
+        metrics = summarise(samples, answers)
+        run.ledger.record_evaluation(phase, step, pool, metrics, answers)
         return metrics
 
     return run.exchange.from_rank0(keep)
+
+
+def answer_pool(run: Run, pool: str, limit: int = 0) -> tuple[list[Sample], list[ScoredRollout]]:
+    """Greedy answers to a pool's first `limit` samples (0: all) in manifest order, on rank 0. Collective.
+
+    A sample whose media are damaged has no answer and is left out of both lists.
+    """
+    manifest = run.pools[pool]
+    size = min(len(manifest), limit or len(manifest))
+    by_id: dict[str, ScoredRollout] = {}
+    push(run)
+    horizon = run.config.practice.horizons[-1]
+    for start in range(0, size, CHUNK):
+        ids = [manifest[row].id for row in range(start, min(start + CHUNK, size))]
+        batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=f"eval {pool}", sampling=greedy(run.sampling))
+        for answer in run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers]):
+            by_id[answer.rollout.sample_id] = answer
+    samples = [sample for row in range(size) if (sample := manifest[row]).id in by_id]
+    return samples, [by_id[sample.id] for sample in samples]

@@ -44,7 +44,7 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         result = rl_step(run.learner, batch.groups)
         step, run.step = step + 1, run.step + 1
         push(run)
-        verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))
+        verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))  # noqa: B023
         _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
         reason = verdict.reason
         if config.output.eval_interval and step % config.output.eval_interval == 0:

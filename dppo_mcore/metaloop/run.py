@@ -17,6 +17,9 @@ from dppo_mcore.learn import state as learn_state
 from dppo_mcore.learn.checkpoint import Saver
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
+from dppo_mcore.model.config import QwenConfig, load_qwen_config
+from dppo_mcore.model.model import QwenVL, build_model
+from dppo_mcore.model.weights import load_hf_weights
 from dppo_mcore.practice.ledger import Ledger
 from dppo_mcore.practice.prompts import PromptTemplate, load_template
 from dppo_mcore.rewards.pool import RewardPool
@@ -24,7 +27,7 @@ from dppo_mcore.rewards.scoring import Rubric
 from dppo_mcore.rollout.base import Engine, Sampling, make_engine, sampling_from
 from dppo_mcore.runtime import device, faults, parallel
 from dppo_mcore.runtime.files import replacing
-from dppo_mcore.runtime.log import Metrics, get_logger, start_logging
+from dppo_mcore.runtime.log import Metrics, get_logger
 from dppo_mcore.types import Sample
 
 POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
@@ -32,14 +35,30 @@ POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "
 """Pool names and the options that name their manifests."""
 
 
+@dataclass(frozen=True)
+class BareModel:
+    """Model chunks without optimizer and gradients, for evaluation."""
+
+    qwen: QwenConfig
+    models: list[QwenVL]
+
+    @classmethod
+    def build(cls, config: Config) -> BareModel:
+        """With the weights of `--model`."""
+        qwen = load_qwen_config(config.run.model)
+        models = build_model(qwen, config)
+        load_hf_weights(models, config.run.model, qwen)
+        return cls(qwen, models)
+
+
 @dataclass
 class Run:
     """One rank's view of the run."""
 
     config: Config
-    folder: Path
+    folder: Path | None
     exchange: Exchange
-    learner: Learner
+    model: Learner | BareModel
     engine: Engine
     sampling: Sampling
     source: PromptSource
@@ -53,8 +72,12 @@ class Run:
     _ledger: Ledger | None = field(repr=False, default=None)
     step: int = 0
     """Optimizer steps and evaluations are counted over the whole run on this axis."""
-    version: int = 0
-    """Version of the weights the engine answers with."""
+
+    @property
+    def learner(self) -> Learner:
+        """The training side; an evaluation has none."""
+        assert isinstance(self.model, Learner)
+        return self.model
 
     @property
     def processor(self) -> Processor:
@@ -77,49 +100,66 @@ class Run:
 
 
 def open_run(config: Config) -> Run:
-    """Start groups, logs, model, engine and ledger. Collective over all ranks."""
+    """Start groups, logs, model, engine and ledger of a training run. Collective over all ranks."""
     parallel.start(config.parallel, config.run.seed)
     faults.watch()
     exchange = Exchange.join()
     folder = Path(config.run.run)
-    start_logging(folder, exchange.rank)
-    log = get_logger()
     ledger = None
     if exchange.rank == 0:
         with replacing(folder / "config.yaml") as file:
             file.write(to_yaml(config))
         ledger = Ledger(folder / "ledger.sqlite")
     exchange.barrier()
-    pools = _open_pools(config, exchange)
+    pools = open_pools(
+        {pool: getattr(config.data, option) for pool, option in POOLS.items()}, config.data.media_root, exchange
+    )
     if ledger is not None:
         for name, manifest in pools.items():
             ledger.add_samples(manifest, name)
+    run = assemble(config, exchange, pools, learn_state.build(config), folder)
+    run._ledger = ledger
+    return run
+
+
+def open_evaluation(config: Config, data: str) -> Run:
+    """The same around a bare model and one held-out manifest, without a run folder or ledger."""
+    parallel.start(config.parallel, config.run.seed)
+    faults.watch()
+    exchange = Exchange.join()
+    pools = open_pools({"eval": data}, config.data.media_root, exchange)
+    return assemble(config, exchange, pools, BareModel.build(config), None)
+
+
+def assemble(
+    config: Config, exchange: Exchange, pools: dict[str, Manifest], model: Learner | BareModel, folder: Path | None
+) -> Run:
+    """Engine, clips and rewards around a model."""
     template = load_template(config.practice.prompt_template)
-    learner = learn_state.build(config)
-    quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl")
+    quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl" if folder else None)
     source = PromptSource(config.run.model, config.data, device.device(), quarantine)
-    engine = make_engine(config, learner.qwen, learner.models, source.processor.chat)
+    engine = make_engine(config, model.qwen, model.models, source.processor.chat)
     engine.start()
-    run = Run(
-        config=config,
-        folder=folder,
-        exchange=exchange,
-        learner=learner,
-        engine=engine,
-        sampling=sampling_from(config, learner.qwen),
-        source=source,
-        template=template,
-        pools=pools,
-        saver=Saver(_save_folder(config), config.output.keep_checkpoints, config.output.async_save),
-        metrics=Metrics(folder if exchange.rank == 0 else None, config.output.tensorboard, config.output.wandb),
-        log=log,
-        rewards=_open_rewards(config, template) if exchange.is_leader else None,
-        _ledger=ledger,
-    )
+    log = get_logger()
     for name, manifest in pools.items():
         if manifest.refused and exchange.rank == 0:
             log.warning(f"pool {name}: {len(manifest.refused)} row(s) refused, the first: {manifest.refused[0]}")
-    return run
+    output = config.output
+    return Run(
+        config=config,
+        folder=folder,
+        exchange=exchange,
+        model=model,
+        engine=engine,
+        sampling=sampling_from(config, model.qwen),
+        source=source,
+        template=template,
+        pools=pools,
+        saver=Saver(_save_folder(config), output.keep_checkpoints, output.async_save),
+        metrics=Metrics(folder if exchange.rank == 0 else None, output.tensorboard, output.wandb),
+        log=log,
+        rewards=_open_rewards(config, template) if exchange.is_leader else None,
+    )
 
 
 def close_run(run: Run) -> None:
@@ -139,13 +179,12 @@ def _save_folder(config: Config) -> Path:
     return Path(config.run.save) if config.run.save else Path(config.run.run) / "checkpoints"
 
 
-def _open_pools(config: Config, exchange: Exchange) -> dict[str, Manifest]:
+def open_pools(files: Mapping[str, str], media_root: str, exchange: Exchange) -> dict[str, Manifest]:
     """Every manifest that is named; rank 0 indexes first so that the others find the index."""
-    files = {pool: getattr(config.data, option) for pool, option in POOLS.items() if getattr(config.data, option)}
     pools: dict[str, Manifest] = {}
     for first in (True, False):
         if first == (exchange.rank == 0):
-            pools = {pool: read_manifest(file, config.data.media_root) for pool, file in files.items()}
+            pools = {pool: read_manifest(file, media_root) for pool, file in files.items() if file}
         exchange.barrier()
     return pools
 

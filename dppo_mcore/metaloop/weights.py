@@ -10,15 +10,17 @@ from dppo_mcore.metaloop.run import Run
 
 
 def push(run: Run) -> None:
-    """Make the engine answer with the trainer's present weights, as a new version."""
+    """Make the engine answer with the trainer's present weights. The version is the run's step, so that a resumed
+    run gives its answers the versions they would have had."""
+    if run.engine.weight_version == run.step:
+        return
     began = time.perf_counter()
-    run.version += 1
     if run.engine.receiver is None:
-        run.engine.update_weights(run.version)
+        run.engine.update_weights(run.step)
     else:
         from dppo_mcore.sync.push import push as send
 
-        send(run.learner.models, run.engine, run.version)
+        send(run.model.models, run.engine, run.step)
     run.metrics.log(run.step, {"time/sync": time.perf_counter() - began})
 
 

@@ -131,6 +131,7 @@ def test_a_flag_beats_the_file_and_the_resolved_file_gives_the_same(tmp_path: Pa
     again = tmp_path / "b.yaml"
     again.write_text(to_yaml(config))
     assert load(["--config", str(again)], prog="train") == config
+    assert load(["--run-folder", "x"], prog="train").run.run == load(["--run-folder=x"], prog="train").run.run == "x"
     assert override(config, seed=1, rl_lr=1.0).rl.rl_lr == 1.0
 
 
