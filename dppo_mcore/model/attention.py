@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from dppo_mcore.model.flex import block_mask, flex
 from dppo_mcore.runtime import device
 
 RESPONSE_CHUNK = 512
@@ -119,7 +120,7 @@ class AttentionPlan(PackedSeqParams):
     def attend(self, layer_number: int, q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scale: float) -> Tensor:
         """Attention of one layer, [L, heads, D]."""
         if self.backend == "flex":
-            return _flex(q_LHD, k_LGD, v_LGD, self.block_mask, scale)
+            return flex(q_LHD, k_LGD, v_LGD, self.block_mask, scale)
         if self.backend == "flash":
             return flash_varlen(q_LHD, k_LGD, v_LGD, self.cu_seqlens, self.max_seqlen, causal=True, scale=scale)
         return self._sdpa(q_LHD, k_LGD, v_LGD, scale)
@@ -164,7 +165,7 @@ def plan_attention(segments_L: Tensor, branches_L: Tensor, backend: str = "auto"
     plan = AttentionPlan(qkv_format="sbhd", segments=segments, backend=name)
     where = device.device()
     if name == "flex":
-        plan.block_mask = _block_mask(segments_L.to(where), branches_L.to(where))
+        plan.block_mask = block_mask(segments, segments_L.to(where), branches_L.to(where))
     elif name == "flash":
         bounds = [0, *(segment.prompt[1] for segment in segments)]
         plan.cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=where)
@@ -189,31 +190,6 @@ def _sdpa_call(q_NHD: Tensor, k_KGD: Tensor, v_KGD: Tensor, scale: float, mask: 
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.squeeze(0).transpose(0, 1)
-
-
-def _block_mask(segments_L: Tensor, branches_L: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (segments_L[q] == segments_L[k]) & (k <= q)
-        return same & ((branches_L[k] == 0) | (branches_L[k] == branches_L[q]))
-
-    length = segments_L.numel()
-    build = torch.compile(create_block_mask) if segments_L.is_cuda else create_block_mask
-    return build(visible, None, None, length, length, device=segments_L.device)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, block_mask: Any, scale: float) -> Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LGD, v_LGD))
-    out = _compiled_flex()(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.squeeze(0).transpose(0, 1)
 
 

@@ -180,6 +180,7 @@ def transformer_config(qwen: QwenConfig, parallel: ParallelConfig, model: ModelC
     """
     import torch
     import torch.nn.functional as F  # noqa: N812
+    from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
     from megatron.core.transformer import TransformerConfig
 
     from dppo_mcore.model.language import uses_transformer_engine
@@ -223,7 +224,7 @@ def transformer_config(qwen: QwenConfig, parallel: ParallelConfig, model: ModelC
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         use_cpu_initialization=False,
-        gradient_accumulation_fusion=fused,
+        gradient_accumulation_fusion=fused and _grad_accum_fusion_available,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         persist_layer_norm=fused,

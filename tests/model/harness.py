@@ -213,3 +213,23 @@ def encode_and_differentiate(
     ranks = parallel_state.get_data_parallel_world_size()
     gradients = {name: p.main_grad.clone() / ranks for name, p in chunks[0].vision.named_parameters()}
     return {"embeddings": embeddings.detach(), "flops": flops, "gradients": gradients}
+
+
+def optimizer_elements(folder: str, parallel: ParallelConfig, model: ModelConfig) -> dict[str, int]:
+    """On a rank: parameter elements that Megatron's optimizer holds, and those of the model's parts."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    _, chunks = start_model(folder, parallel, model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-4, params_dtype=torch.float32), wrap(chunks)
+    )
+    parts = {"vision": chunks[0].vision, "merger": chunks[0].vision.merger, "language": chunks[0].language}
+    held = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    return {"optimizer": held} | {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def bf16_logprobs(folder: str, parallel: ParallelConfig, batch: PackedBatch) -> Tensor:
+    """On a rank: log-probs of one row in bf16."""
+    _, chunks = start_model(folder, parallel, replace(TRAIN_ALL, dtype="bf16"))
+    with torch.no_grad():
+        return head_logprobs(chunks[0], chunks[0](batch), batch)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from dppo_mcore.model import attention
+from dppo_mcore.model import attention, flex
 from dppo_mcore.model.attention import Segment, find_segments, plan_attention
+from dppo_mcore.runtime import device
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -31,7 +32,7 @@ def dense(q_LHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, segments_L: Tensor, branc
     seen = (segments_L[:, None] == segments_L) & (place[:, None] >= place)
     seen &= (branches_L == 0) | (branches_L[:, None] == branches_L)
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k_LGD, v_LGD))
-    scores = torch.einsum("ihd,jhd->hij", q_LHD, k) * DIM**-0.5
+    scores = torch.einsum("ihd,jhd->hij", q_LHD, k) * q_LHD.shape[-1] ** -0.5
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
@@ -47,7 +48,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_dense_mask(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "RESPONSE_CHUNK", 32)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)  # compiled, it wants a C++ compiler here
+    monkeypatch.setattr(flex, "compiled_flex", lambda: flex_attention)  # compiled, it wants a C++ compiler here
     segments_L, branches_L = CASES[name]
     generator = torch.Generator().manual_seed(0)
     shapes = ((len(segments_L), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -96,3 +97,47 @@ def test_rows_out_of_order_are_refused(segments: list[int], branches: list[int],
 def test_flash_refuses_shared_prompts_by_its_flag() -> None:
     with pytest.raises(ValueError, match="--attention-backend flash"):
         plan_attention(*rows((4, (2, 1))), "flash")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_block_tables_cover_what_is_visible(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is touched exactly where a pair in it is visible, and a full one is visible throughout."""
+    monkeypatch.setattr(flex, "BLOCK", 8)
+    generator = torch.Generator().manual_seed(seed)
+
+    def length(most: int) -> int:
+        return int(torch.randint(1, most, (), generator=generator))
+
+    groups = [(length(60), tuple(length(30) for _ in range(length(5) - 1))) for _ in range(length(5))]
+    segments_L, branches_L = rows(*groups, padding=length(9))
+    place = torch.arange(len(segments_L))
+    seen = (segments_L[:, None] == segments_L) & (place[:, None] >= place)
+    seen &= (branches_L == 0) | (branches_L[:, None] == branches_L)
+    touched, full = flex.block_tables(find_segments(segments_L, branches_L), len(segments_L))
+    block = place // 8
+    count = len(touched)
+    any_seen = torch.zeros(count, count, dtype=torch.int64)
+    any_seen.index_put_((block[:, None].expand_as(seen), block.expand_as(seen)), seen.long(), accumulate=True)
+    assert torch.equal(touched, any_seen > 0)
+    assert bool((any_seen[full] == 64).all())
+    assert not bool((full & ~touched).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("backend", "name"), [("flex", "plain"), ("flex", "several"), ("flex", "long-responses"), ("flash", "plain")]
+)
+def test_cuda_backends_equal_the_dense_mask(backend: str, name: str) -> None:
+    """In bf16 on the device, forward and backward, against fp32."""
+    segments_L, branches_L = CASES[name]
+    where = device.device()
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((len(segments_L), heads, 64) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    exact = [torch.randn(shape, generator=generator).to(where).requires_grad_() for shape in shapes]
+    expected = dense(*exact, segments_L.to(where), branches_L.to(where))
+    wanted = torch.autograd.grad(expected.square().sum(), exact)
+    rough = [x.detach().bfloat16().requires_grad_() for x in exact]
+    got = plan_attention(segments_L, branches_L, backend).attend(1, *rough, 64**-0.5)
+    assert float((got - expected).abs().max()) < 0.05
+    for a, b in zip(torch.autograd.grad(got.float().square().sum(), rough), wanted, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 0.05

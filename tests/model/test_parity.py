@@ -11,7 +11,7 @@ import torch
 from dppo_mcore.config import ModelConfig, ParallelConfig
 from dppo_mcore.model.config import load_qwen_config
 from tests.model.conftest import Case
-from tests.model.harness import TRAIN_ALL, layout, parity, training
+from tests.model.harness import TRAIN_ALL, bf16_logprobs, layout, parity, training
 from tests.model.reference import reference_training
 from tests.support.rank_pool import RankPool
 
@@ -73,7 +73,7 @@ def test_four_ranks(pool4: RankPool, mixed_case: Case, name: str) -> None:
     check(pool4, mixed_case, *FOUR_RANKS[name])
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2-sp", "pp2", "pp2-vpp2"])
+@pytest.mark.parametrize("name", ["dp2", "tp2-sp", "pp2", "pp2-vpp2", "pp2-merger-only"])
 def test_tied(pool2: RankPool, tied_case: Case, name: str) -> None:
     check(pool2, tied_case, *TWO_RANKS[name])
 
@@ -109,3 +109,11 @@ def check_training(pool: RankPool, case: Case, parallel: ParallelConfig, model: 
     for result in pool.run(training, case.folder, parallel, model, case.batches, path, steps=3):
         assert all(abs(a - b) <= 1e-5 for a, b in zip(result["losses"], losses, strict=True)), (result, losses)
         assert result["weight"] <= 1e-4, result
+
+
+def test_bf16_stays_near_fp32(pool2: RankPool, group_case: Case) -> None:
+    """Parameters and activations in bf16, at TP2 with sequence parallelism."""
+    expected = torch.load(group_case.oracle)["logprobs"][0]
+    for got in pool2.run(bf16_logprobs, group_case.folder, layout(2, sp=True), group_case.batches[0]):
+        assert got.dtype is torch.float32
+        assert float((got - expected).abs().max()) < 0.1

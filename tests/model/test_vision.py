@@ -11,7 +11,7 @@ import torch
 from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.model.media import share_frames
 from dppo_mcore.model.vision import VisionTower, plan_frames
-from tests.model.harness import TRAIN_ALL, encode_and_differentiate, layout
+from tests.model.harness import TRAIN_ALL, encode_and_differentiate, layout, optimizer_elements
 from tests.model.reference import load_reference
 from tests.support.rank_pool import RankPool
 
@@ -75,6 +75,16 @@ def test_frozen_tower_keeps_no_activations(qwen: QwenConfig) -> None:
         embeddings = tower(random_patches(qwen), frames_of(GRIDS))
     assert not kept
     assert not embeddings.requires_grad
+
+
+def test_frozen_parts_have_no_optimizer_state(pool2: RankPool, calm_dir: str) -> None:
+    """Freezing removes exactly the frozen parameters from the optimizer."""
+    counts = {
+        frozen: pool2.run(optimizer_elements, calm_dir, layout(), replace(TRAIN_ALL, freeze_vision=frozen))[0]
+        for frozen in (False, True)
+    }
+    assert counts[False]["optimizer"] == counts[False]["language"] + counts[False]["vision"]
+    assert counts[True]["optimizer"] == counts[True]["language"] + counts[True]["merger"]
 
 
 def test_frozen_tower_leaves_the_merger_learning(qwen: QwenConfig) -> None:
