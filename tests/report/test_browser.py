@@ -1,0 +1,87 @@
+"""The report in real headless Chromium: clicks, times, console, accessibility. Run by `make test-report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dppo_mcore.report.page import write
+from tests.report.synthetic import make_run
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TOOLS = ROOT / ".cache" / "report-check"
+FIRST_PAINT_MS = 2000
+FILTER_MS = 300
+MOST_BYTES = 150e6
+
+pytestmark = pytest.mark.report
+
+
+def chromium() -> str:
+    """Path of the browser; its absence is a failure, not a skip."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert found, "chromium is missing: apt-get install chromium"
+    return found
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The driver and the accessibility checker, installed once."""
+    assert shutil.which("npm"), "npm is missing: apt-get install nodejs npm"
+    TOOLS.mkdir(parents=True, exist_ok=True)
+    wanted = (HERE / "package.json").read_text()
+    stamp = TOOLS / "installed.json"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.copy(HERE / "package.json", TOOLS / "package.json")
+        subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=TOOLS, check=True, capture_output=True)
+        stamp.write_text(wanted)
+    return TOOLS
+
+
+def check(report: Path, node_modules: Path, shots: Path) -> dict[str, Any]:
+    """Work through a report; screenshots are kept in `shots`."""
+    shots.mkdir(parents=True, exist_ok=True)
+    command = ["node", str(HERE / "browser_check.mjs"), str(report), str(node_modules), chromium(), str(shots)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(json.dumps({key: result[key] for key in ("firstPaint", "ready", "filters", "checks")}, indent=1))
+    return result
+
+
+def judge(result: dict[str, Any]) -> None:
+    """What holds for every report."""
+    assert result["errors"] == [] and result["requests"] == []
+    assert result["firstPaint"] < FIRST_PAINT_MS
+    assert max(result["filters"].values()) < FILTER_MS, result["filters"]
+    checks = result["checks"]
+    assert checks["all"] > checks["objective"] > 0 and checks["all"] > checks["text"] > 0
+    assert checks["secondPage"] and checks["keyboard"] and checks["answers"] > 0 and checks["numbers"] > 0
+    assert checks["pictures"] >= 8 and checks["overflow"] <= 0
+    for theme in ("light", "dark"):
+        serious = [found for found in result[theme] if found["impact"] in ("serious", "critical")]
+        assert not serious, f"{theme}: {json.dumps(serious, indent=1)}"
+
+
+def test_a_report_of_100k_rollouts(tmp_path: Path, node_modules: Path) -> None:
+    run = make_run(tmp_path / "run", rollouts=100_000, clips=40)
+    report = write(run)
+    assert report.stat().st_size <= MOST_BYTES
+    print(f"{report.stat().st_size / 1e6:.1f} MB")
+    result = check(report, node_modules, TOOLS / "shots-100k")
+    judge(result)
+    assert result["checks"]["taught"] > 0 and result["checks"]["unsolved"] > 0
+
+
+def test_the_report_of_a_demo_run(node_modules: Path) -> None:
+    """RUN of the environment, by default the demo's, which `make test-report` makes first."""
+    run = Path(os.environ.get("RUN", ROOT / "runs" / "demo"))
+    assert (run / "ledger.sqlite").exists(), f"no run at {run}: make demo first, or set RUN"
+    judge(check(write(run, run / "report.html"), node_modules, TOOLS / "shots-demo"))
