@@ -11,6 +11,7 @@ import pickle
 import queue
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -198,12 +199,12 @@ def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, An
     meta = read_meta(path)
     same_layout = meta["layout"] == layout(state)
     if meta["reference"] and not weights_only:
-        _read(state, path.parent / meta["reference"], _sharded_state(state, loading=True, weights_only=True))
+        _read(state.models, path.parent / meta["reference"], _sharded_state(state, loading=True, weights_only=True))
         state.load_state_dict(meta["learner"])
         state.keep_reference()
         state.reference.step = int(meta["reference"].rsplit("-", 1)[1])
     sharded = _sharded_state(state, loading=True, weights_only=weights_only, rng=same_layout and not weights_only)
-    loaded = _read(state, path, sharded)
+    loaded = _read(state.models, path, sharded)
     if weights_only:
         state.optimizer.reload_model_params()
         return meta["extra"]
@@ -214,11 +215,16 @@ def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, An
     return meta["extra"]
 
 
-def _read(state: Learner, path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
+def load_weights(models: Sequence[torch.nn.Module], path: Path) -> None:
+    """Fill bare model chunks from a checkpoint written under any layout; no optimizer is needed."""
+    _read(models, find(path), _model_state(models))
+
+
+def _read(models: Sequence[torch.nn.Module], path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
     """Load a folder's tensors; the weights go into the model."""
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), _data_parallel())
     loaded = dist_checkpointing.load(sharded, str(path), strategy)
-    for index, model in enumerate(state.models):
+    for index, model in enumerate(models):
         model.load_state_dict(loaded[f"model{index}"])
     return loaded
 
@@ -254,21 +260,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _sharded_state(state: Learner, *, loading: bool, weights_only: bool = False, rng: bool = True) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": _data_parallel(),
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    sharded: dict[str, Any] = {
-        f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(state.models)
-    }
+    sharded = _model_state(state.models)
     if not weights_only:
         sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, loading)
         if rng:
             world = dist.get_world_size()
             sharded["rng"] = ShardedObject("rng", rng_state(), (world,), (dist.get_rank(),), replica_id=0)
     return sharded
+
+
+def _model_state(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": _data_parallel(),
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    return {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(models)}
 
 
 def _data_parallel() -> dist.ProcessGroup:
