@@ -83,7 +83,7 @@ class Embeddings:
 
     def _vector(self, text: str) -> np.ndarray:
         options = {"truncation": True, "max_length": 512}
-        hidden_LH = np.asarray(self._extract(text or " ", tokenize_kwargs=options)[0])
+        hidden_LH = np.asarray(self._extract(text.strip() or "-", tokenize_kwargs=options)[0])
         mean_H = hidden_LH.mean(axis=0)
         return mean_H / max(float(np.linalg.norm(mean_H)), 1e-12)
 

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dppo_mcore.practice.ledger import Ledger, TeacherAnswer
-from dppo_mcore.practice.teacher_client import ChatClient, TeacherDownError, TeacherRefusedError
+from dppo_mcore.practice.teacher_client import (
+    ChatClient,
+    TeacherDownError,
+    TeacherGaveUpError,
+    TeacherRefusedError,
+)
+from dppo_mcore.rewards.extraction import canonical, final_answer
 from dppo_mcore.rewards.scoring import Score
 from dppo_mcore.types import Sample
 
@@ -55,7 +61,8 @@ class Teacher(Protocol):
     def answer(self, sample: Sample, round_: int, index: int) -> tuple[str, int] | None:
         """(text, tokens) of one answer, or None where there is none.
 
-        Raises `TeacherDownError` or `TeacherRefusedError`.
+        Raises `TeacherRefusedError` (recorded), `TeacherGaveUpError` (asked for again on resume) or
+        `TeacherDownError` (ends the collection).
         """
 
 
@@ -116,7 +123,7 @@ def choose(answers: Iterable[TeacherAnswer]) -> dict[str, TeacherAnswer]:
     return best
 
 
-def vote(answers: Sequence[TeacherAnswer], final: Callable[[str], str], share: float) -> list[TeacherAnswer]:
+def vote(answers: Sequence[TeacherAnswer], share: float) -> list[TeacherAnswer]:
     """Those right answers whose final answer at least `share` of the sample's answers of the same round gave too.
 
     A lone lucky guess among many different answers is less likely to come with sound reasoning.
@@ -124,13 +131,13 @@ def vote(answers: Sequence[TeacherAnswer], final: Callable[[str], str], share: f
     said: dict[tuple[str, int], list[str]] = {}
     for answer in answers:
         if answer.error is None:
-            said.setdefault((answer.sample_id, answer.round), []).append(final(answer.text))
+            said.setdefault((answer.sample_id, answer.round), []).append(canonical(final_answer(answer.text)))
     return [
         answer
         for answer in answers
         if answer.error is None
         and (group := said[answer.sample_id, answer.round])
-        and group.count(final(answer.text)) >= share * len(group)
+        and group.count(canonical(final_answer(answer.text))) >= share * len(group)
     ]
 
 
@@ -146,12 +153,13 @@ def collect(
     concurrency: int = 16,
     budget: int = 0,
     vote_share: float = 0.0,
-    final: Callable[[str], str] | None = None,
 ) -> Collection:
     """Ask for `answers` answers per sample, verify each by the rule reward, and mark the kept ones in the ledger.
 
     With `show_gold`, samples without a right answer get a second round that shows the gold answer. `budget` bounds the
-    requests of the whole run (0: no bound). Asking again after an interruption asks only for what is missing.
+    requests of the whole run (0: no bound). With `vote_share`, a kept answer must agree with that share of its
+    sample's. Asking again after an interruption asks only for what is missing. `samples` are bare questions, without
+    the model's own prompt template: the teacher is told how to answer here.
     """
     wanted = [(sample, 0, index) for sample in samples for index in range(answers)]
     asked, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget)
@@ -161,8 +169,7 @@ def collect(
         more, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget)
         asked += more
     given = ledger.teacher_answers(phase)
-    pool = vote(given, final, vote_share) if vote_share and final else given
-    kept = choose(pool)
+    kept = choose(vote(given, vote_share) if vote_share else given)
     ledger.keep_teacher(phase, [(a.sample_id, a.round, a.index) for a in kept.values()])
     have = {(answer.sample_id, answer.round, answer.index) for answer in given}
     some = {answer.sample_id for answer in given}
@@ -245,6 +252,8 @@ def _receive(
             if isinstance(outcome, TeacherDownError):
                 stop.set()
                 reason = str(outcome)
+            elif isinstance(outcome, TeacherGaveUpError):
+                reason = reason or f"a request was given up: {outcome}"
             elif isinstance(outcome, Exception) and not isinstance(outcome, TeacherRefusedError):
                 raise outcome
         arrived = []

@@ -30,6 +30,10 @@ class TeacherRefusedError(RuntimeError):
     """The teacher will not answer this sample; asking again would not help."""
 
 
+class TeacherGaveUpError(RuntimeError):
+    """This request failed again and again while others succeeded; it may be tried once more on another day."""
+
+
 class _RetryError(Exception):
     def __init__(self, why: str, after: float | None = None) -> None:
         super().__init__(why)
@@ -38,7 +42,7 @@ class _RetryError(Exception):
 
 @dataclass
 class ChatClient:
-    """`chat` blocks until an answer, a refusal, or until the teacher has been failing for `patience_s`."""
+    """`chat` blocks until an answer or a refusal, or until the teacher has been failing for `patience_s`."""
 
     url: str
     """Base URL, with or without "/v1" or "/chat/completions"."""
@@ -53,7 +57,7 @@ class ChatClient:
     requests_per_minute: float = 0.0
     """Own rate limit; 0 is none."""
     attempts_per_request: int = 8
-    """Tries for one sample before it counts as refused, while others succeed."""
+    """Tries for one request before it's given up, where others succeeded meanwhile."""
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
@@ -96,7 +100,7 @@ class ChatClient:
                     self.down = f"the teacher at {self.url} failed for {silent:.0f} s, last: {failure}"
                     raise TeacherDownError(self.down) from None
                 if attempt >= self.attempts_per_request and self._last_success > began:
-                    raise TeacherRefusedError(f"{attempt} tries failed while others succeed, last: {failure}") from None
+                    raise TeacherGaveUpError(f"{attempt} tries failed, last: {failure}") from None
                 if failure.after is not None:
                     # The teacher said when: every thread keeps away until then.
                     with self._lock:

@@ -100,7 +100,6 @@ def test_time_grows_with_the_text_not_its_square() -> None:
         assert seconds((unit * 60_000)[:MAX_CHARACTERS]) < 32 * seconds(short) + 0.5, unit
 
 
-@pytest.mark.slow
 def test_a_hundred_thousand_strings() -> None:
     rng = random.Random(0)
     alphabet = "".join(map(chr, range(32, 127))) + "０１２ＡＢ½−→，（）"

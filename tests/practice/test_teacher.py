@@ -1,0 +1,334 @@
+"""The teacher over real HTTP on loopback: failures of every kind, rate limits, budget, resuming; and from a file."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
+from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, choose, collect, vote
+from dppo_mcore.practice.teacher_client import ChatClient, TeacherDownError, TeacherRefusedError
+from dppo_mcore.practice.teacher_media import media_parts, thin
+from dppo_mcore.rewards import score
+from dppo_mcore.types import Media, Sample, Turn
+
+PHASE = "1-2 weakness"
+Reply = tuple[int, dict[str, str], Any]
+
+
+class Endpoint:
+    """A scriptable OpenAI-compatible server: `reply(number, request)` gives status, headers and body."""
+
+    def __init__(self, reply: Callable[[int, dict[str, Any]], Reply]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        lock = threading.Lock()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:  # noqa: N802
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    endpoint.requests.append(body)
+                    endpoint.headers.append((self.path, self.headers.get("Authorization")))
+                    number = len(endpoint.requests) - 1
+                status, headers, content = reply(number, body)
+                raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+                if status == 0:
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(raw))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[int, dict[str, Any]], Reply]], Endpoint]]:
+    endpoints: list[Endpoint] = []
+
+    def start(reply: Callable[[int, dict[str, Any]], Reply]) -> Endpoint:
+        endpoints.append(Endpoint(reply))
+        return endpoints[-1]
+
+    yield start
+    for endpoint in endpoints:
+        endpoint.server.shutdown()
+        endpoint.server.server_close()
+
+
+def said(text: str) -> Reply:
+    return 200, {}, {"choices": [{"message": {"content": text}}], "usage": {"completion_tokens": 9}}
+
+
+GOOD = said("<think>count</think><answer>3</answer>")
+
+
+def sample(number: int = 0, **changes: Any) -> Sample:
+    return Sample(f"s{number}", "counting", (Turn("user", "<image>How many?"),), gold=3, **changes)
+
+
+class Clock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def client(url: str, clock: Clock | None = None, **options: Any) -> ChatClient:
+    clock = clock or Clock()
+    return ChatClient(url, "big", sleep=clock.sleep, clock=clock, **options)
+
+
+def teacher(url: str, clock: Clock | None = None, **options: Any) -> EndpointTeacher:
+    return EndpointTeacher(client(url, clock, **options), lambda _: [], max_tokens=64, temperature=0.5)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.add_samples([sample(i) for i in range(20)], "rl")
+    ledger.plan([PhasePlan(PHASE, 1, "weakness")])
+    yield ledger
+    ledger.close()
+
+
+def scores(tasks: Any) -> Any:
+    return [score(one, text) for one, text in tasks]
+
+
+def test_request_and_answer(serve: Any) -> None:
+    endpoint = serve(lambda *_: GOOD)
+    chat = client(endpoint.url + "/v1/", key="secret")
+    assert chat.chat([{"role": "user", "content": "hi"}], 32, 0.2, seed=5) == (
+        "<think>count</think><answer>3</answer>",
+        9,
+    )
+    assert endpoint.headers == [("/v1/chat/completions", "Bearer secret")]
+    assert endpoint.requests[0] == {
+        "model": "big", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 32, "temperature": 0.2,
+        "seed": 5,
+    }  # fmt: skip
+    assert "secret" not in repr(chat)
+
+
+def test_separate_reasoning_becomes_the_thought(serve: Any) -> None:
+    message = {"content": "<answer>3</answer>", "reasoning_content": " I count three. "}
+    endpoint = serve(lambda *_: (200, {}, {"choices": [{"message": message}]}))
+    assert client(endpoint.url).chat([], 1, 0)[0] == "<think>I count three.</think>\n<answer>3</answer>"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (500, {}, {"error": "boom"}), (503, {}, b""), (429, {}, {"error": "slow down"}), (200, {}, b"not json"),
+        (200, {}, {"choices": []}), said(""), (200, {}, [1]), (0, {}, b""), (408, {}, b""), (200, {}, b"\xff\xfe"),
+    ],
+)  # fmt: skip
+def test_passing_failures_are_tried_again(serve: Any, failure: Reply) -> None:
+    endpoint = serve(lambda number, _: failure if number < 3 else GOOD)
+    clock = Clock()
+    assert client(endpoint.url, clock).chat([], 1, 0)[1] == 9
+    assert len(endpoint.requests) == 4
+    # Pauses of 1, 2 and 4 seconds, each with jitter between a half and the whole.
+    assert [0.5 * 2**i <= pause <= 2**i for i, pause in enumerate(clock.slept)] == [True] * 3
+
+
+def test_retry_after_holds_every_thread_back(serve: Any) -> None:
+    endpoint = serve(lambda number, _: (429, {"Retry-After": "30"}, b"") if number == 0 else GOOD)
+    clock = Clock()
+    client(endpoint.url, clock).chat([], 1, 0)
+    assert clock.now >= 30
+
+
+def test_rate_limit(serve: Any) -> None:
+    endpoint = serve(lambda *_: GOOD)
+    clock = Clock()
+    limited = client(endpoint.url, clock, requests_per_minute=6)
+    for _ in range(4):
+        limited.chat([], 1, 0)
+    assert clock.now == pytest.approx(30)
+
+
+def test_an_hour_of_failures_and_the_teacher_counts_as_down(serve: Any) -> None:
+    endpoint = serve(lambda *_: (503, {}, b"overloaded"))
+    clock = Clock()
+    with pytest.raises(TeacherDownError, match="failed for 3600 s, last: HTTP 503: overloaded"):
+        client(endpoint.url, clock).chat([], 1, 0)
+    assert 3600 <= clock.now < 3700
+    assert len(endpoint.requests) < 150
+
+
+def test_wrong_key_is_down_at_once_and_a_bad_request_a_refusal(serve: Any) -> None:
+    denied = serve(lambda *_: (401, {}, {"error": "no such key"}))
+    with pytest.raises(TeacherDownError, match="HTTP 401"):
+        client(denied.url).chat([], 1, 0)
+    refused = serve(lambda *_: (400, {}, {"error": "image too large"}))
+    with pytest.raises(TeacherRefusedError, match="image too large"):
+        client(refused.url).chat([], 1, 0)
+
+
+def test_nobody_listens() -> None:
+    with pytest.raises(TeacherDownError, match="ConnectionRefusedError"):
+        client("http://127.0.0.1:9", patience_s=20).chat([], 1, 0)
+    with pytest.raises(ValueError, match="teacher_url"):
+        client("localhost:8000")
+
+
+def test_slow_answers_time_out(serve: Any) -> None:
+    def reply(number: int, _: Any) -> Reply:
+        if number == 0:
+            time.sleep(1.0)
+        return GOOD
+
+    endpoint = serve(reply)
+    assert client(endpoint.url, timeout_s=0.3).chat([], 1, 0)[1] == 9
+    assert len(endpoint.requests) == 2
+
+
+def test_collect_verifies_and_keeps_the_shortest_right_answer(ledger: Ledger, serve: Any) -> None:
+    answers = [
+        "<think>I count one, two, three, slowly</think><answer>3</answer>",
+        "<think>a guess</think><answer>9</answer>",
+        "<think>three</think><answer>3</answer>",
+    ]
+    endpoint = serve(lambda _, body: said(answers[body["seed"]]))
+    result = collect(ledger, PHASE, [sample(0), sample(1)], teacher(endpoint.url), scores, answers=3)
+    assert (result.asked, result.missing) == (6, 0)
+    given = ledger.teacher_answers(PHASE, "s0")
+    assert [(a.success, a.kept, a.tokens) for a in given] == [(True, False, 9), (False, False, 9), (True, True, 9)]
+    assert "The right answer" not in json.dumps(endpoint.requests) and "How many?" in json.dumps(endpoint.requests)
+
+
+def test_second_round_shows_the_gold_answer(ledger: Ledger, serve: Any) -> None:
+    def reply(_: int, body: dict[str, Any]) -> Reply:
+        shown = "The right answer is: 3" in json.dumps(body)
+        return GOOD if shown else said("<think>?</think><answer>9</answer>")
+
+    endpoint = serve(reply)
+    result = collect(ledger, PHASE, [sample(0)], teacher(endpoint.url), scores, answers=2, show_gold=True)
+    assert (result.asked, result.missing) == (3, 0)
+    assert [(a.round, a.index, a.kept) for a in ledger.teacher_answers(PHASE)] == [
+        (0, 0, False), (0, 1, False), (1, 0, True),
+    ]  # fmt: skip
+
+
+def test_down_half_way_then_resumed(ledger: Ledger, serve: Any) -> None:
+    """The phase ends with what there is and says what is missing; later only that is asked for."""
+    up = [True]
+
+    def reply(number: int, _: Any) -> Reply:
+        return GOOD if number < 7 or not up[0] else (503, {}, b"gone")
+
+    endpoint = serve(reply)
+    samples = [sample(i) for i in range(10)]
+    first = collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=2, concurrency=3)
+    assert first.asked == 7 and first.missing >= 6
+    assert "failed for" in first.reason or "given up" in first.reason
+    assert len(ledger.teacher_answers(PHASE)) == 7
+    up[0] = False
+    second = collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=2, concurrency=3)
+    assert (second.asked, second.missing, second.reason) == (13, 0, "")
+    keys = Counter((a.sample_id, a.round, a.index) for a in ledger.teacher_answers(PHASE))
+    assert len(keys) == 20 and set(keys.values()) == {1}
+    assert collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=2).asked == 0
+
+
+def test_one_poisoned_sample_does_not_stop_the_others(ledger: Ledger, serve: Any) -> None:
+    """The server fails on one question for ever while it answers all others."""
+
+    def reply(_: int, body: dict[str, Any]) -> Reply:
+        return (500, {}, b"cannot decode") if "poison" in json.dumps(body) else GOOD
+
+    endpoint = serve(reply)
+    poisoned = Sample("s0", "counting", (Turn("user", "poison"),), gold=3)
+    patient = teacher(endpoint.url, Clock(), attempts_per_request=4)
+    result = collect(ledger, PHASE, [poisoned, *[sample(i) for i in range(1, 20)]], patient, scores, answers=4)
+    assert result.missing == 1 and "cannot decode" in result.reason
+    assert ledger.teacher_answers(PHASE, "s0") == []
+    assert sum(a.success for a in ledger.teacher_answers(PHASE)) == 76
+
+
+def test_budget_over_the_run(ledger: Ledger, serve: Any) -> None:
+    endpoint = serve(lambda *_: GOOD)
+    samples = [sample(i) for i in range(5)]
+    first = collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=2, budget=6)
+    assert (first.asked, first.missing, first.reason) == (6, 2, "the teacher's budget of 6 requests is spent")
+    assert collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=2, budget=6).asked == 0
+    assert len(endpoint.requests) == 6
+
+
+def test_nonsense_is_recorded_and_never_kept(ledger: Ledger, serve: Any) -> None:
+    endpoint = serve(lambda *_: said("\u0000 lorem ipsum <answer>" * 50))
+    result = collect(ledger, PHASE, [sample(0)], teacher(endpoint.url), scores, answers=4)
+    assert result.missing == 0
+    assert not any(a.kept or a.success for a in ledger.teacher_answers(PHASE))
+
+
+def test_from_a_file(ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    rows = [
+        {"id": "s0", "answer": ["<think>a</think><answer>9</answer>", "<think>b</think><answer>3</answer>"]},
+        {"id": "s1", "answer": "<think>c</think><answer>3</answer>"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    result = collect(ledger, PHASE, [sample(i) for i in range(3)], FileTeacher(str(path)), scores, show_gold=True)
+    assert (result.asked, result.missing, result.reason) == (3, 1, "answers.jsonl has no answer to them")
+    assert [(a.sample_id, a.index) for a in ledger.teacher_answers(PHASE) if a.kept] == [("s0", 1), ("s1", 0)]
+    path.write_text('{"id": "s0"}\n')
+    with pytest.raises(ValueError, match="teacher_file .*:1: a row is"):
+        FileTeacher(str(path))
+
+
+def test_vote() -> None:
+    answers = [
+        TeacherAnswer("s0", 0, i, "big", f"<answer>{value}</answer>", 1.0, value == "3", False, None, 1)
+        for i, value in enumerate("3995")
+    ]
+    assert [a.index for a in vote(answers, 0.5)] == [1, 2]
+    assert choose(vote(answers, 0.5)) == {}
+    assert choose(vote(answers, 0.25))["s0"].index == 0
+
+
+def test_media_parts(tmp_path: Path) -> None:
+    clip_THWC = np.zeros((100, 8, 8, 3), dtype=np.uint8)
+    assert len(thin(clip_THWC, 16)) == 16
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"video")
+    shown = sample(media=(Media("video", str(video)),))
+    frames = media_parts("frames", lambda _: [clip_THWC], 4)(shown)
+    assert len(frames) == 4 and frames[0]["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+    assert media_parts("video", lambda _: [clip_THWC])(shown) == [
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,dmlkZW8="}}
+    ]
+    cut = sample(media=(Media("video", str(video), 1.0, 2.0),))
+    assert media_parts("video", lambda _: [clip_THWC], 2)(cut)[0]["type"] == "image_url"
+    assert media_parts("frames", lambda _: [])(sample()) == []
