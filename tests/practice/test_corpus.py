@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from dppo_mcore.types import Rollout, Sample, ScoredRollout, Turn
 
 
 def sample(
-    name: str, objective: str = "counting", dimension: str = "D", question: str = "How many?", **k: object
+    name: str, objective: str = "counting", dimension: str = "D", question: str = "How many?", **k: Any
 ) -> Sample:
-    return Sample(name, objective, (Turn("user", question),), dimension=dimension, gold=3, **k)  # type: ignore[arg-type]
+    return Sample(name, objective, (Turn("user", question),), dimension=dimension, gold=3, **k)
 
 
 def rolled(name: str, wins: int, of: int = 4) -> list[ScoredRollout]:
@@ -51,10 +52,8 @@ def test_mining(ledger: Ledger) -> None:
     # s1 was learnt in RL, s4 lost: what counts is the last group.
     found = candidates(ledger, ["1-1 buffer", "1-1 RL"])
     assert sorted(found) == ["s0", "s3", "s4"]
-    assert Counter(name in ("s0",) for name in candidates(ledger, ["1-1 buffer", "1-1 RL"], limit=2)) == {
-        True: 1,
-        False: 1,
-    }
+    few = candidates(ledger, ["1-1 buffer", "1-1 RL"], limit=2)
+    assert len(few) == 2 and "s0" in few  # one of counting's, one of planning's
     ledger.record_rollouts("1-2 weakness", 0, [*rolled("s0", 0), *rolled("s3", 1), *rolled("s4", 0)])
     assert weak(ledger, "1-2 weakness") == ["s0", "s4"]
     dimensions = weak_dimensions(samples, found, ["s0", "s4"])
@@ -77,7 +76,7 @@ def test_tf_idf() -> None:
     assert scores_N.argmax() == 0 and scores_N[1] > scores_N[2] == scores_N[3] == 0
     assert index.similarity(texts[0])[0] == pytest.approx(1)
     assert not index.similarity("nothing known").any()
-    dense = np.array([index.similarity(text) for text in texts[:3]])
+    dense = np.array([index.similarity(text) for text in texts[:3]])[:, :3]
     assert np.allclose(dense, dense.T)
 
 
