@@ -5,10 +5,12 @@ A multiply-add counts as two. Attention counts the pairs that the mask lets thro
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
+
+from dppo_mcore.config import ModelConfig
 from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.types import PackedBatch
 
@@ -20,13 +22,15 @@ class Flops:
     vision: float = 0.0
     language: float = 0.0
     head: float = 0.0
+    tokens: int = 0
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Flops)))
 
-    def training(self, freeze_vision: bool) -> float:
-        """Forward and backward; a frozen tower has no backward pass."""
-        return self.vision * (1.0 if freeze_vision else 3.0) + 3.0 * (self.language + self.head)
+    def training(self, model: ModelConfig) -> float:
+        """Forward and backward; a frozen tower has no backward pass, frozen layers only one to their input."""
+        language = 2.0 if model.freeze_language else 3.0
+        return self.vision * (1.0 if model.freeze_vision else 3.0) + language * (self.language + self.head)
 
     @property
     def forward(self) -> float:
@@ -36,10 +40,12 @@ class Flops:
 
 def batch_flops(batch: PackedBatch, qwen: QwenConfig) -> Flops:
     """Forward operations of a micro-batch."""
+    tokens, pairs = visible_pairs(batch)
     return Flops(
         vision=sum(vision_flops(grid, qwen) for grid in batch.grids),
-        language=language_flops(batch, qwen),
+        language=language_flops(tokens, pairs, qwen),
         head=2.0 * batch.targets_R.numel() * qwen.hidden_size * qwen.vocab_size,
+        tokens=tokens,
     )
 
 
@@ -48,9 +54,8 @@ def total_flops(batches: Sequence[PackedBatch], qwen: QwenConfig) -> Flops:
     return sum((batch_flops(batch, qwen) for batch in batches), Flops())
 
 
-def language_flops(batch: PackedBatch, qwen: QwenConfig) -> float:
-    """Linear layers over real tokens, attention over visible pairs."""
-    tokens, pairs = visible_pairs(batch)
+def language_flops(tokens: int, pairs: int, qwen: QwenConfig) -> float:
+    """Linear layers over tokens, attention over (query, key) pairs."""
     width = qwen.num_heads * qwen.head_dim
     keys = qwen.num_kv_heads * qwen.head_dim
     weights = qwen.hidden_size * (2 * width + 2 * keys + 3 * qwen.intermediate_size)
@@ -59,14 +64,14 @@ def language_flops(batch: PackedBatch, qwen: QwenConfig) -> float:
 
 def visible_pairs(batch: PackedBatch) -> tuple[int, int]:
     """Real tokens, and (query, key) pairs under the mask: causal within a branch, plus the shared prompt."""
-    sizes = Counter(zip(batch.segments_L.tolist(), batch.branches_L.tolist(), strict=True))
-    tokens = pairs = 0
-    for (segment, branch), size in sizes.items():
-        if segment < 0:
-            continue
-        tokens += size
-        pairs += size * (size + 1) // 2 + (size * sizes[segment, 0] if branch else 0)
-    return tokens, pairs
+    branches_L, segments_L = batch.branches_L.long(), batch.segments_L.long()
+    width = int(branches_L.max()) + 1 if branches_L.numel() else 1
+    real_L = segments_L >= 0
+    sizes_SB = torch.bincount((segments_L * width + branches_L)[real_L]).double()
+    sizes_SB = torch.nn.functional.pad(sizes_SB, (0, -sizes_SB.numel() % width)).view(-1, width)
+    prompts_S, branches_SB = sizes_SB[:, 0], sizes_SB[:, 1:]
+    pairs = (sizes_SB * (sizes_SB + 1) / 2).sum() + (branches_SB.sum(1) * prompts_S).sum()
+    return int(sizes_SB.sum()), int(pairs)
 
 
 def vision_flops(grid: tuple[int, int, int], qwen: QwenConfig) -> float:

@@ -52,9 +52,10 @@ class Loss(Protocol):
         ...
 
 
-def pair(total: Tensor | float, count: Tensor | float) -> Tensor:
+def pair(total: Tensor, count: Tensor | float) -> Tensor:
     """A [sum, count] statistic in float64, which keeps token sums exact over a large batch."""
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64).detach() for x in (total, count)])
+    values = (total.detach(), torch.as_tensor(count, device=total.device).detach())
+    return torch.stack([value.double() for value in values])
 
 
 def non_empty_sequences(batch: PackedBatch) -> int:

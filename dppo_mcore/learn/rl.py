@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from dppo_mcore.data.packing import pack_groups
 from dppo_mcore.learn import statistics
 from dppo_mcore.learn.advantages import group_advantages, has_signal, overlong_penalty
 from dppo_mcore.learn.loss import PolicyLoss
-from dppo_mcore.learn.rl_metrics import group_totals, spread, update_metrics
+from dppo_mcore.learn.rl_metrics import group_totals, spread, step_metrics, update_metrics
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.learn.step import StepResult, logprobs, train_step
 from dppo_mcore.types import PackedBatch, Prompt, ScoredRollout
@@ -55,7 +56,9 @@ def rl_step(state: Learner, groups: Sequence[Group]) -> RlResult:
     dropped = sum(len(group.answers) for group in groups) - sum(len(groups[i].answers) for i in kept)
     shares = [kept[update :: rl.updates_per_batch] for update in range(rl.updates_per_batch)]
     updates = [pack(state, [groups[i] for i in share], [advantages[i] for i in share]) for share in shares]
-    updates = _with_logprobs(state, updates)
+    began = time.perf_counter()
+    updates, passes = _with_logprobs(state, updates)
+    seconds = time.perf_counter() - began
     loss = PolicyLoss.of(rl, rollout.temperature, rollout.max_response_tokens)
     loss = replace(loss, dropped=dropped / rl.updates_per_batch)
     results = [
@@ -64,6 +67,10 @@ def rl_step(state: Learner, groups: Sequence[Group]) -> RlResult:
         if statistics.sum_over_data_parallel(float(len(batches)))
     ]
     metrics = spread(statistics.means(totals)) | update_metrics(results, engine_is_old=rl.old_logprobs == "engine")
+    if results:
+        # A forward pass is about a third of what the updates counted.
+        extra = passes * sum(result.flops for result in results) / 3
+        metrics |= step_metrics(results, state.config.model.dtype, extra, seconds) | {"time/logprobs": seconds}
     return RlResult(tuple(results), metrics)
 
 
@@ -86,23 +93,26 @@ def pack(state: Learner, groups: Sequence[Group], advantages: Sequence[Sequence[
     )
 
 
-def _with_logprobs(state: Learner, updates: list[list[PackedBatch]]) -> list[list[PackedBatch]]:
-    """Adds the old and reference log-prob columns that the configuration needs.
+def _with_logprobs(state: Learner, updates: list[list[PackedBatch]]) -> tuple[list[list[PackedBatch]], int]:
+    """Adds the old and reference log-prob columns that the configuration needs; also how many passes that took.
 
     A single update on fresh answers needs no old ones: they are the current ones, and the loss takes them so.
     """
     rl, temperature = state.config.rl, state.config.rollout.temperature
     flat = [batch for batches in updates for batch in batches]
     columns: list[dict[str, Tensor]] = [dict(batch.columns) for batch in flat]
+    passes = 0
     if rl.old_logprobs == "engine":
         for entry in columns:
             entry["old_logprobs"] = entry["rollout_logprobs"]
     elif rl.updates_per_batch > 1:
         for entry, old_R in zip(columns, logprobs(state, flat, temperature), strict=True):
             entry["old_logprobs"] = old_R
+        passes += 1
     if rl.kl_coef and state.reference is not None:
         with state.reference.in_place():
             for entry, reference_R in zip(columns, logprobs(state, flat, temperature), strict=True):
                 entry["ref_logprobs"] = reference_R
+        passes += 1
     finished = iter([replace(batch, columns=entry) for batch, entry in zip(flat, columns, strict=True)])
-    return [[next(finished) for _ in batches] for batches in updates]
+    return [[next(finished) for _ in batches] for batches in updates], passes

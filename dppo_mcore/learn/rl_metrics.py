@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
+
 from dppo_mcore.learn.statistics import Totals
 from dppo_mcore.learn.step import StepResult
+from dppo_mcore.runtime import device
 from dppo_mcore.types import ScoredRollout
 
 
@@ -62,7 +66,7 @@ def update_metrics(updates: Sequence[StepResult], engine_is_old: bool) -> dict[s
     first update's distance to them.
     """
     if not updates:
-        return {"train/skipped_steps": 0.0}
+        return {}
     metrics = {"rl/loss": _mean([update.loss for update in updates])}
     for name, logged in LOSS_METRICS.items():
         values = [update.metrics[name] for update in updates if name in update.metrics]
@@ -70,16 +74,26 @@ def update_metrics(updates: Sequence[StepResult], engine_is_old: bool) -> dict[s
             metrics[logged] = _mean(values)
     if engine_is_old and "approx_kl" in updates[0].metrics:
         metrics["rl/kl_rollout"] = updates[0].metrics["approx_kl"]
-    return metrics | step_metrics(updates)
+    return metrics
 
 
-def step_metrics(updates: Sequence[StepResult]) -> dict[str, float]:
-    """What RL and SFT steps have in common."""
-    return {
+def step_metrics(
+    updates: Sequence[StepResult], dtype: str, extra_flops: float = 0.0, extra_seconds: float = 0.0
+) -> dict[str, float]:
+    """What RL and SFT steps have in common; `extra_*` is work beside the updates (log-prob passes)."""
+    seconds = sum(update.seconds for update in updates) + extra_seconds
+    metrics = {
         "train/lr": updates[-1].lr,
         "train/grad_norm": _mean([update.grad_norm for update in updates]),
         "train/skipped_steps": float(sum(not update.applied for update in updates)),
+        "train/tokens_per_s": sum(update.tokens for update in updates) / seconds,
+        "time/train": seconds,
     }
+    peak = device.peak_flops(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    if peak is not None:
+        flops = sum(update.flops for update in updates) + extra_flops
+        metrics["train/mfu"] = flops / (seconds * peak * dist.get_world_size())
+    return metrics
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -25,12 +25,12 @@ class SftResult:
 def sft_step(state: Learner, conversations: Sequence[Prompt]) -> SftResult:
     """One optimizer step on this data-parallel rank's conversations (with `loss_mask`)."""
     update = train_step(state, pack(state, conversations), CrossEntropy())
-    metrics = {"sft/loss": update.loss} | {
+    metrics = {"sft/loss": update.loss, "sft/tokens": update.normalizer} | {
         f"sft/loss/{name.removeprefix('nll/')}": value
         for name, value in update.metrics.items()
         if name.startswith("nll/")
     }
-    return SftResult(update, metrics | step_metrics([update]))
+    return SftResult(update, metrics | step_metrics([update], state.config.model.dtype))
 
 
 def pack(state: Learner, conversations: Sequence[Prompt]) -> list[PackedBatch]:

@@ -151,8 +151,8 @@ def wrap(config: Config, qwen: QwenConfig, models: list[QwenVL]) -> Learner:
 
 
 def _overlap(config: Config) -> bool:
-    """Gradient reduction beside the backward pass; it needs every parameter to get a gradient in every step."""
-    return False
+    """Gradient reduction beside the backward pass, where there is something to reduce over."""
+    return config.optimizer.overlap_grad_reduce and parallel_state.get_data_parallel_world_size() > 1
 
 
 def _finalize(chunks: list[DistributedDataParallel], num_tokens: Any = None, **groups: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dppo_mcore.learn import statistics
 from dppo_mcore.learn.batches import fill_up, to_device
+from dppo_mcore.learn.flops import total_flops
 from dppo_mcore.learn.loss import Head, Loss, pair
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.runtime import device
@@ -35,6 +36,12 @@ class StepResult:
     applied: bool
     """False when the gradient was not finite and the optimizer left alone."""
     seconds: float
+    normalizer: float = 0.0
+    """What the loss was divided by: learnt tokens, sequences, or sequences times a constant."""
+    tokens: float = 0.0
+    """Tokens of the global batch that went through the model, shared prompts once, padding not."""
+    flops: float = 0.0
+    """Operations of its forward and backward passes, vision tower included."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Means over the global batch."""
 
@@ -63,7 +70,10 @@ def train_step(state: Learner, micro_batches: Sequence[PackedBatch], loss: Loss)
 
     collected = _run_schedule(state, micro_batches, evaluate, forward_only=False)
     local = statistics.total(collected) if statistics.on_last_stage() else {}
+    work = total_flops(micro_batches, state.qwen)
+    local["work"] = (work.training(state.config.model), work.tokens)
     totals = statistics.reduce(local)
+    flops, tokens = totals.pop("work")
     lr = state.schedule.lr(state.progress.phase_steps)
     grad_norm, applied = state.optimizer.step(lr, state.config.optimizer.clip_grad)
     state.progress.count(applied)
@@ -76,6 +86,9 @@ def train_step(state: Learner, micro_batches: Sequence[PackedBatch], loss: Loss)
         lr=lr,
         applied=applied,
         seconds=time.perf_counter() - started,
+        normalizer=normalizer,
+        tokens=tokens,
+        flops=flops,
         metrics=statistics.means(totals),
     )
 
@@ -159,8 +172,15 @@ def _complain(
 ) -> None:
     """Warn about a step without a finite gradient; after too many in a row, end the run with the batch's name."""
     finite = [bool(torch.isfinite(entry["loss"][0])) for entry in collected[: len(micro_batches)]]
-    suspects = [batch for batch, fine in zip(micro_batches, finite, strict=False) if not fine] or list(micro_batches)
-    names = [f"{ref.sample_id}#{ref.index}" for batch in suspects for ref in batch.sequences]
+    suspects = [batch for batch, fine in zip(micro_batches, finite, strict=False) if not fine]
+    ours = [
+        [f"{ref.sample_id}#{ref.index}" for batch in some for ref in batch.sequences]
+        for some in (suspects, micro_batches)
+    ]
+    everywhere: list[list[list[str]]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everywhere, ours)
+    names = list(dict.fromkeys(name for found, _ in everywhere for name in found))
+    names = names or list(dict.fromkeys(name for _, found in everywhere for name in found))
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     progress = state.progress
     message = (
