@@ -24,6 +24,10 @@ PHASES = (
     ("2-2 SFT", 2, "sft"),
 )
 START = 1.79e9
+SYLLABLES = (("gri", "blo", "mo", "ta", "ro"), ("p", "ck", "ve", "bl"), ("er", "s", "ed"))
+WORDS = tuple(a + b + c for a in SYLLABLES[0] for b in SYLLABLES[1] for c in SYLLABLES[2])
+    f"{a}{b}{c}" for a in ("gri", "blo", "mo", "ta", "ro") for b in ("p", "ck", "ve", "bl") for c in ("er", "s", "ed")
+)
 
 
 def _samples(count: int, folder: Path, pool: str, clips: int) -> list[Sample]:
@@ -67,8 +71,10 @@ def hash_of(text: str) -> int:
 
 def _answer(sample: Sample, right: bool, index: int, rng: np.random.Generator) -> ScoredRollout:
     text = str(sample.extras["truth"]) if right else "<think>red</think><answer>unsure</answer>"
+    thought = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), int(rng.integers(5, 40))))
+    text = text.replace("<think>", f"<think>{thought} ", 1)
     if rng.random() < 0.1:
-        text = text.replace("<think>", "<think>first I look where everything is <b>& what moves</b>, then " * 6, 1)
+        text = text.replace("<think>", "<think><b>first & last</b> ", 1)
     tokens = tuple(int(t) for t in rng.integers(0, 90, 9))
     logprobs = tuple(float(v) for v in -rng.random(9).astype(np.float32))
     version = int(rng.integers(1, 40))

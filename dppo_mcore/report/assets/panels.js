@@ -21,7 +21,7 @@ function summary() {
   if (last) {
     const sure = last.all.low > first.all.high;
     add("Held-out success", percent(last.all.p, 1), `95%: ${percent(last.all.low, 1)} to ${percent(last.all.high, 1)}`);
-    add("Change", change(first.all.p, last.all.p), held.length < 2 ? "one evaluation so far" : sure ? "the intervals are apart" : "the intervals overlap", last.all.p >= first.all.p ? "up" : "down");
+    add("Change", change(first.all.p, last.all.p).replace(" points", ""), held.length < 2 ? "points; one evaluation so far" : `points; the intervals ${sure ? "are apart" : "overlap"}`, last.all.p >= first.all.p ? "up" : "down");
   }
   if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(general[0].all.p, general[general.length - 1].all.p)} since the start`);
   add("Rollouts", compact(facts.rollouts), `${compact(facts.tokens)} tokens`);

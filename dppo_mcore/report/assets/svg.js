@@ -89,7 +89,8 @@ function figure({ title, note, legend, drawing, label, columns, rows }) {
   }
   drawing.setAttribute("role", "img");
   drawing.setAttribute("aria-label", label || title);
-  made.append(drawing);
+  const wide = drawing.viewBox.baseVal.width > 700;
+  made.append(wide ? node("div", { cls: "pan", tabindex: innerWidth < 700 ? "0" : null, role: "group", "aria-label": title }, drawing) : drawing);
   if (rows && rows.length) {
     const data = node("details", { cls: "data" }, node("summary", {}, "Numbers"));
     data.addEventListener("toggle", () => {
