@@ -51,7 +51,7 @@ class Report:
     objectives: dict[str, int] = field(default_factory=dict)
     dimensions: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
-    media: Counter[str] = field(default_factory=Counter)
+    media: dict[str, int] = field(default_factory=dict)
     durations: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     """Seconds of all different clips together."""
@@ -104,7 +104,7 @@ def _check_media(report: Report, manifest: Manifest, depth: Depth, data: DataCon
             found.update(zip(new, threads.map(look, new), strict=True))
             for sample in samples:
                 for media in sample.media:
-                    report.media[media.kind] += 1
+                    report.media[media.kind] = report.media.get(media.kind, 0) + 1
                     result = found[media]
                     if isinstance(result, MediaError):
                         report.damaged.append(Damage(sample.id, result.path, result.reason, result.detail))

@@ -89,7 +89,7 @@ def test_report_names_each_damaged_clip_once(pool: tuple[Path, dict[str, str]], 
     command = [sys.executable, str(ROOT / "tools" / "check_data.py"), "--data", str(path), "--depth", "decode"]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 1 and not done.stderr, done.stderr
     report = json.loads(out.read_text())
     named = Counter([row["sample_id"] for row in report["damaged"]])
     assert named == Counter(dict.fromkeys((name for name, way in ways.items() if way != "outside"), 1))

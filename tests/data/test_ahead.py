@@ -1,0 +1,101 @@
+"""Worker processes: order, bounds, crashes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dppo_mcore.config import DataConfig
+from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.messages import Request
+from dppo_mcore.types import Media, Sample, Turn
+from tests.data.clips import write_clip
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
+    """Twenty questions about twenty clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    made = []
+    for number in range(20):
+        path = write_clip(folder / f"{number}.mp4", frames=16 + number, size=(56, 56))
+        sample = Sample(str(number), "success", (Turn("user", "<video>Done?"),), (Media("video", str(path)),))
+        made.append(Request(sample, 32.0))
+    return made
+
+
+def test_stream_keeps_order_and_bound(requests: list[Request], tiny_dir: str) -> None:
+    """Prompts come in the order asked for; no more than `decode_ahead` wait."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=2, decode_ahead=3, media_cache_mib=0))
+    for request, (asked, prompt) in zip(requests, source.stream(iter(requests)), strict=True):
+        assert asked is request and prompt is not None and prompt.sample is request.sample
+        assert len(source._pending) <= 3
+        assert torch.equal(prompt.media[0].patches, source.processor.prompt(request.sample, 32.0).media[0].patches)
+    assert source.counts["decode/pyav"] == 20
+    source.close()
+
+
+def test_a_killed_worker_is_replaced(requests: list[Request], tiny_dir: str) -> None:
+    """Its prompt is made again, by a fresh process."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=0))
+    assert source.take(requests[0]) is not None
+    first = source._pool._workers[0]._process
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert source.take(requests[1]) is not None
+    assert source._pool._workers[0]._process.pid != first.pid
+    assert len(source.quarantine) == 0
+    source.close()
+
+
+def test_a_clip_that_crashes_decoders_is_quarantined(requests: list[Request], tiny_dir: str) -> None:
+    """Twice, and the sample is out; the next one goes on."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=0))
+    worker = source._pool._workers[0]
+    real = worker.ask
+
+    def crash(task: object) -> None:
+        os.kill(worker._process.pid, signal.SIGKILL) if worker._process else None
+        raise EOFError
+
+    worker.ask = crash
+    assert source.take(requests[2]) is None
+    worker.ask = real
+    assert source.take(requests[3]) is not None
+    assert [(d.sample_id, d.reason) for d in source.quarantine.entries()] == [("2", "decoder crashed")]
+    source.close()
+
+
+def test_workers_end_with_their_owner(tiny_dir: str) -> None:
+    """Closing ends the processes."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=2))
+    processes = [worker._process for worker in source._pool._workers]
+    source.close()
+    deadline = time.time() + 10
+    while any(process.poll() is None for process in processes) and time.time() < deadline:
+        time.sleep(0.05)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_second_take_comes_from_the_cache(requests: list[Request], tiny_dir: str) -> None:
+    """Decoded once, however often it is asked for."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=8))
+    first = source.take(requests[0])
+    again = source.take(requests[0])
+    assert torch.equal(first.media[0].patches, again.media[0].patches)
+    assert source.counts["decode/pyav"] == 1 and source.counts["decode/cached"] == 1
+    source.close()
+
+
+def test_a_broken_prompt_is_quarantined_by_sample(tiny_dir: str, tmp_path: Path) -> None:
+    """Media tokens in a question make the sample unusable, and say so."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    sample = Sample("sly", "exact", (Turn("user", "What is <|video_pad|>?"),))
+    assert source.take(Request(sample)) is None
+    (damage,) = source.quarantine.entries()
+    assert damage.sample_id == "sly" and "<|video_pad|>" in damage.detail

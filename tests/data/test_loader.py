@@ -1,0 +1,196 @@
+"""What comes next depends on seed and step only, wherever a run was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dppo_mcore.config import DataConfig
+from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.loader import Batch, BatchLoader, Order, Packing, divide
+from dppo_mcore.data.messages import Request
+from dppo_mcore.types import Media, PackedBatch, Sample, Turn
+from tests.data.clips import write_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH, STEPS = 6, 40
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
+    """40 conversations over twelve clips of different lengths, one of them damaged."""
+    folder = tmp_path_factory.mktemp("clips")
+    return make_requests(folder)
+
+
+def make_requests(folder: Path) -> list[Request]:
+    """Written once; a second call with the same folder finds the clips there."""
+    made = []
+    for number in range(40):
+        path = folder / f"{number % 12}.mp4"
+        if not path.exists():
+            write_clip(path, frames=16 + 4 * (number % 12), size=(56, 56))
+        if number % 12 == 11:
+            path.write_bytes(b"")
+        turns = (Turn("user", f"<video>Question {number}, is it done?"),)
+        sample = Sample(f"s{number}", "success", turns, (Media("video", str(path)),), answer="yes" * (1 + number % 3))
+        made.append(Request(sample, 32.0, sample.answer))
+    return made
+
+
+def make_loader(source: PromptSource, requests: list[Request], rank: int = 0, ranks: int = 1) -> BatchLoader:
+    """The loader of every test here."""
+    return BatchLoader(source, requests, BATCH, Packing(400, 4), seed=11, rank=rank, ranks=ranks)
+
+
+def fingerprint(batch: Batch) -> str:
+    """Of everything a batch holds."""
+    digest = hashlib.blake2b(json.dumps([batch.step, list(batch.damaged)]).encode(), digest_size=8)
+    for row in batch.micro_batches:
+        for tensor in tensors(row):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(repr((row.sequences, row.grids)).encode())
+    return digest.hexdigest()
+
+
+def tensors(row: PackedBatch) -> list[torch.Tensor]:
+    """A packed row's tensors."""
+    found = [row.token_ids_L, row.position_ids_3L, row.segments_L, row.branches_L, row.loss_rows_R, row.targets_R]
+    return [*found, row.cu_rows, *(extra for extra in (row.patches_P, row.media_rows_M) if extra is not None)]
+
+
+def test_200_resume_points_give_the_unbroken_sequence(requests: list[Request], tiny_dir: str) -> None:
+    """A fresh loader is thrown away after a few batches, 200 times over, and always goes on where it was."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    unbroken = [fingerprint(next(loader)) for loader in [make_loader(source, requests)] for _ in range(STEPS)]
+    assert len(set(unbroken)) == STEPS
+    chance = random.Random(0)
+    for _ in range(200):
+        step = chance.randrange(STEPS - 4)
+        first = make_loader(source, requests)
+        first.restore({**first.state(), "step": step})
+        found = [fingerprint(next(first)) for _ in range(chance.randrange(1, 3))]
+        state = json.loads(json.dumps(first.state()))
+        second = make_loader(source, requests)
+        second.restore(state)
+        found += [fingerprint(next(second)) for _ in range(2)]
+        assert found == unbroken[step : step + len(found)]
+
+
+def test_workers_and_cache_change_nothing(requests: list[Request], tiny_dir: str) -> None:
+    """Decoding in place, ahead in processes, from the cache or without one: the same batches."""
+    found = []
+    for data in (DataConfig(data_workers=0), DataConfig(data_workers=2, media_cache_mib=0), DataConfig(data_workers=1)):
+        source = PromptSource(tiny_dir, data)
+        loader = make_loader(source, requests)
+        found.append([fingerprint(next(loader)) for _ in range(8)])
+        source.close()
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_state_of_other_data_is_refused(requests: list[Request], tiny_dir: str) -> None:
+    """A resumed run with another corpus must not go on silently."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    state = make_loader(source, requests).state()
+    with pytest.raises(DataError, match="other samples"):
+        make_loader(source, requests[:-1]).restore(state)
+
+
+def test_ranks_share_a_batch_without_overlap(requests: list[Request], tiny_dir: str) -> None:
+    """Every usable sample of a global batch is on exactly one rank; all ranks agree without talking."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    loaders = [make_loader(source, requests, rank, 3) for rank in range(3)]
+    for step in range(6):
+        parts = [next(loader) for loader in loaders]
+        ids = [prompt.sample.id for part in parts for prompt in part.prompts]
+        wanted = [requests[item].sample.id for item in Order(40, 11).slots(step * BATCH, BATCH)]
+        damaged = {request.sample.id for request in requests if request.sample.media[0].path.endswith("11.mp4")}
+        assert sorted(ids) == sorted(set(wanted) - damaged)
+
+
+def test_ranks_run_as_many_micro_batches(requests: list[Request], tiny_dir: str) -> None:
+    """The agreed number of rows holds on every rank, filled up with empty rows where needed."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    loader = BatchLoader(source, requests, BATCH, Packing(400, 4), seed=11, agree=lambda count: 9)
+    batch = next(loader)
+    assert len(batch.micro_batches) == 9
+    assert sum(len(row.targets_R) for row in batch.micro_batches) == sum(sum(p.loss_mask) for p in batch.prompts)
+    assert all(row.token_ids_L.numel() % 4 == 0 and row.token_ids_L.numel() for row in batch.micro_batches)
+
+
+def test_divide_balances_cost(requests: list[Request], tiny_dir: str) -> None:
+    """No rank has more than a sample's worth beyond another."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    parts = divide(source, requests, 4)
+    assert sorted(at for part in parts for at in part) == [n for n in range(40) if n % 12 != 11]
+    sizes = [sum(len(source.plan(requests[at]).token_ids) for at in part) for part in parts]
+    assert max(sizes) <= 1.1 * min(sizes)
+
+
+def test_every_epoch_is_a_permutation() -> None:
+    """Epochs differ, and batches may reach over their border."""
+    order = Order(10, seed=3)
+    whole = order.slots(0, 50)
+    epochs = [whole[start : start + 10] for start in range(0, 50, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert order.slots(7, 9) == whole[7:16]
+    assert Order(10, 3, shuffle=False).slots(8, 4) == [8, 9, 0, 1]
+
+
+@pytest.mark.kill
+def test_sigkill_at_random_instants(requests: list[Request], tiny_dir: str, tmp_path: Path) -> None:
+    """A real process with decoding workers is killed again and again; the batches it wrote are the unbroken ones."""
+    folder = Path(requests[0].sample.media[0].path).parent
+    out = tmp_path / "batches.jsonl"
+    chance = random.Random(1)
+    kills = 0
+    while True:
+        script = [sys.executable, "-m", "tests.data.test_loader", str(folder), tiny_dir, str(out)]
+        process = subprocess.Popen(script, cwd=ROOT)
+        try:
+            assert process.wait(timeout=4 + chance.random() * 6) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 3
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    loader = make_loader(source, requests)
+    assert [row["batch"] for row in written] == [fingerprint(next(loader)) for _ in range(len(written))]
+
+
+def run_slowly(folder: Path, model: str, out: Path) -> None:
+    """The killed process: writes each batch's fingerprint and the state after it."""
+    requests = make_requests(folder)
+    source = PromptSource(model, DataConfig(data_workers=1, media_cache_mib=0))
+    loader = make_loader(source, requests)
+    lines = out.read_text().splitlines() if out.exists() else []
+    if lines:
+        loader.restore(json.loads(lines[-1])["state"])
+    with open(out, "a") as file:
+        for batch in loader:
+            file.write(json.dumps({"batch": fingerprint(batch), "state": loader.state()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            time.sleep(0.3)
+            if batch.step == STEPS - 1:
+                break
+    source.close()
+
+
+if __name__ == "__main__":
+    run_slowly(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
