@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dppo_mcore.learn.offload import Offloader
+from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.run import Run
 
 
@@ -20,11 +22,29 @@ def push(run: Run) -> None:
     else:
         from dppo_mcore.sync.push import push as send
 
+        if run.config.optimizer.offload:
+            run.engine.wake(("weights",))
         send(run.model.models, run.engine, run.step)
     run.metrics.log(run.step, {"time/sync": time.perf_counter() - began})
 
 
 @contextmanager
 def awake(run: Run) -> Iterator[None]:
-    """The engine has the memory inside this context; with `--offload` the trainer's waits on the host."""
-    yield
+    """Inside, the engine has the memory; with `--offload` gradients and optimizer state wait on the host meanwhile.
+
+    The weights stay: the trainer's tower encodes the clips, and the embedded engine samples from them.
+    """
+    if not (run.config.optimizer.offload and isinstance(run.model, Learner)):
+        yield
+        return
+    offloader = Offloader(run.model)
+    stages = offloader.offload(keep_weights=True)
+    run.engine.wake(("kv_cache",))
+    try:
+        yield
+    finally:
+        run.engine.sleep()
+        stages = [*stages, *offloader.reload()]
+        figures = {f"time/offload/{stage.name}": stage.seconds for stage in stages}
+        figures |= {f"memory/offload/{stage.name}": float(stage.bytes) for stage in stages}
+        run.metrics.log(run.step, figures)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dppo_mcore.config import ParallelConfig
 from dppo_mcore.runtime import device
+
+if TYPE_CHECKING:
+    from dppo_mcore.config import ParallelConfig
 
 
 def world_from_environment() -> tuple[int, int]:
