@@ -188,7 +188,8 @@ class ServerEngine:
                 while (job := queue.next()) is not None:
                     if job.request.prompt.media and job.position not in self._shared:
                         yield "encode", job.position
-                    futures[self._send(queue, job, sampling)] = job.rid
+                    future = self._send(queue, job, sampling)
+                    futures[future] = job.rid
                 done, _ = wait(
                     futures, timeout=min(HEARTBEAT_S, rollout.rollout_timeout_s), return_when=FIRST_COMPLETED
                 )

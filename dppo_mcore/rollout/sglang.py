@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -61,6 +62,7 @@ class SidecarEngineClient:
         self.sidecar = sidecar
         self._qwen = engine.qwen
         self._embeddings = engine.sends_embeddings
+        self._scores = itertools.count()
 
     def submit(
         self, rid: str, request: GenerationRequest, index: int, sampling: Sampling, media: Any
@@ -85,7 +87,7 @@ class SidecarEngineClient:
         count = len(prompt.token_ids)
         reply = self.sidecar.call(
             "generate",
-            rid="",
+            rid=f"score#{next(self._scores)}",
             input_ids=[*prompt.token_ids, *answer],
             sampling={"max_new_tokens": 1, "temperature": GREEDY, "ignore_eos": True},
             media=None if media is None else media.handle,

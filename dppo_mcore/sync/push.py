@@ -129,7 +129,8 @@ class WeightSync:
         began = time.perf_counter()
         plan = self.plan()
         seconds = {"plan": time.perf_counter() - began, "gather": 0.0, "wait": 0.0, "load": 0.0, "verify": 0.0}
-        pool = buffers.Buffers(device.device().type, self.bucket_bytes or 0, 2 if self.overlap else 1)
+        largest = max((bucket.nbytes for bucket in plan.buckets), default=0)
+        pool = buffers.Buffers(device.device().type, min(self.bucket_bytes or 0, largest), 2 if self.overlap else 1)
         try:
             self._on_leader("opening", lambda: self._transport.open(version))  # type: ignore[union-attr]
             self._stream(plan, pool, seconds)
@@ -160,7 +161,7 @@ class WeightSync:
                     seconds["wait"] += time.perf_counter() - began
                     began = time.perf_counter()
                     handle = self._replica.broadcast(buffer.handle if buffer is not None else None)
-                    flat = buffer.bytes() if buffer is not None else _mapping(mapped, handle, self.bucket_bytes or 0)
+                    flat = buffer.bytes() if buffer is not None else _mapping(mapped, handle)
                     self._gather(bucket, flat)
                     seconds["gather"] += time.perf_counter() - began
                     if buffer is not None:
@@ -311,12 +312,12 @@ def _place_piece(item: Item, piece: Piece, flat: Tensor) -> None:
     piece.of(slot.view(flat)).copy_(piece.view)
 
 
-def _mapping(mapped: dict[str, Tensor], handle: dict[str, Any], keep_up_to: int) -> Tensor:
-    """The leader's buffer as this rank maps it; a buffer that is reused is mapped once."""
-    if handle["nbytes"] > keep_up_to:
-        return buffers.attach(handle)
+def _mapping(mapped: dict[str, Tensor], handle: dict[str, Any]) -> Tensor:
+    """The leader's buffer as this rank maps it; one that comes again is mapped once, one for a large tensor dropped."""
     key = str(handle)
     if key not in mapped:
+        if len(mapped) == 2:
+            mapped.clear()
         mapped[key] = buffers.attach(handle)
     return mapped[key]
 
