@@ -1,0 +1,156 @@
+"""Every accepted schema, every refusal with its line, random access by row and id."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.types import Media, Turn
+
+
+def write(folder: Path, rows: list[Any], name: str = "pool.jsonl") -> Path:
+    """Rows as JSONL (text rows go in as they are) or, for a .json name, as one array."""
+    path = folder / name
+    if name.endswith(".json"):
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    else:
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def only(folder: Path, row: dict[str, Any]) -> Any:
+    """The one sample of a one-row manifest."""
+    manifest = read_manifest(write(folder, [row]))
+    assert not manifest.refused, manifest.refused[0]
+    (sample,) = manifest
+    return sample
+
+
+def test_conversations_with_video_list(tmp_path: Path) -> None:
+    """The first public schema."""
+    sample = only(
+        tmp_path,
+        {"video": ["a/b.mp4"], "conversations": [{"role": "user", "content": "<video>Which?"},
+                                                 {"role": "assistant", "content": "B"}]},
+    )  # fmt: skip
+    assert sample.media == (Media("video", str(tmp_path / "a" / "b.mp4")),)
+    assert sample.turns == (Turn("user", "<video>Which?"),)
+    assert (sample.answer, sample.gold, sample.objective, sample.id) == ("B", "B", "prediction", "pool:1")
+
+
+def test_messages_with_images_anywhere(tmp_path: Path) -> None:
+    """The second: several turns, markers in the text."""
+    turns = [{"role": "user", "content": "See <image>"}, {"role": "assistant", "content": "[0.1, 0.2, 0.3, 0.4]"},
+             {"role": "user", "content": "and <image> too"}, {"role": "assistant", "content": "ok"}]  # fmt: skip
+    sample = only(tmp_path, {"messages": turns, "images": ["1.png", "2.png"], "id": 7})
+    assert [media.path[-5:] for media in sample.media] == ["1.png", "2.png"]
+    assert len(sample.turns) == 3 and sample.turns[1].role == "assistant" and sample.id == "7"
+
+
+def test_wider_ecosystem(tmp_path: Path) -> None:
+    """The third: plural keys, `from`/`value`, a single string for a list, order of markers kept."""
+    turns = [{"from": "human", "value": "<image><video>What?"}, {"from": "gpt", "value": "yes"}]
+    sample = only(tmp_path, {"conversations": turns, "videos": "v.mp4", "images": ["i.png"]})
+    assert [media.kind for media in sample.media] == ["image", "video"]
+    assert sample.objective == "success"
+
+
+def test_video_without_marker_goes_first(tmp_path: Path) -> None:
+    """The fourth; unknown keys end up with the scorer's extras."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"},
+             {"role": "assistant", "content": "3"}]  # fmt: skip
+    row = {"video": "v.mp4", "question_type": "count", "data_source": "vsi", "conversations": turns}
+    sample = only(tmp_path, row)
+    assert sample.turns[1].content == "<video>How many?"
+    assert (sample.source, sample.objective, sample.extras) == ("vsi", "counting", {"question_type": "count"})
+
+
+def test_own_schema_and_parts(tmp_path: Path) -> None:
+    """Ours, with clip window, gold and extras; and OpenAI-style parts."""
+    sample = only(
+        tmp_path,
+        {"id": "x", "objective": "affordance", "dimension": "Affordance & Function", "source": "lab",
+         "media": [{"type": "video", "path": "v.mp4", "start": 1.5, "end": 9}],
+         "messages": [{"role": "user", "content": "<video>Where?"}], "gold": [[0.1, 0.2]], "answer": "(0.1, 0.2)",
+         "extras": {"polygon": [[0, 0], [1, 0], [1, 1]]}},
+    )  # fmt: skip
+    assert sample.media[0].start == 1.5 and sample.media[0].end == 9.0
+    assert sample.gold == [[0.1, 0.2]] and sample.answer == "(0.1, 0.2)" and "polygon" in sample.extras
+    parts = [{"type": "video", "video": "v.mp4"}, {"type": "text", "text": "Done?"}]
+    sample = only(tmp_path, {"messages": [{"role": "user", "content": parts}]})
+    assert sample.turns[0].content == "<video>Done?" and sample.media[0].kind == "video"
+
+
+REFUSED = {
+    "{broken": "not JSON",
+    "[1]": "must be a JSON object",
+    '{"id": "a"}': "messages: missing",
+    '{"messages": [{"role": "robot", "content": "x"}]}': "messages[0].role: unknown 'robot'",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "must end with a user turn",
+    '{"messages": [{"role": "user", "content": "<video><video>?"}], "video": "v.mp4"}': "2 <video> but the row names 1",
+    '{"messages": [{"role": "user", "content": "?"}], "video": "../v.mp4"}': "outside the media root",
+    '{"messages": [{"role": "user", "content": "?"}], "video": "/etc/v.mp4"}': "outside the media root",
+    '{"messages": [{"role": "user", "content": "?"}], "video": 3}': "media path must be non-empty text",
+    '{"messages": [{"role": "user", "content": "?"}], "media": [{"type": "video", "path": "v", "start": 5, "end": 2}]}':
+        "end: 2 is not after start 5",
+    '{"messages": [{"role": "user", "content": "?"}], "answer": 5}': "answer: must be text",
+    '{"id": "good", "messages": [{"role": "user", "content": "again"}]}': "taken by line 1",
+}  # fmt: skip
+
+
+def test_refusals_name_line_and_reason(tmp_path: Path) -> None:
+    """Bad rows are counted, none silently dropped, and the good ones stay."""
+    good = {"id": "good", "messages": [{"role": "user", "content": "?"}]}
+    last = {"id": "last", "messages": [{"role": "user", "content": "?"}]}
+    path = write(tmp_path, [good, *REFUSED, "", last])
+    for _ in range(2):  # indexed, then from the index
+        manifest = read_manifest(path)
+        assert [sample.id for sample in manifest] == ["good", "last"]
+        assert [row.line for row in manifest.refused] == list(range(2, 2 + len(REFUSED)))
+        for row, reason in zip(manifest.refused, REFUSED.values(), strict=True):
+            assert reason in row.reason and str(row).startswith(f"{path}:{row.line}: ")
+
+
+def test_json_array_and_unicode(tmp_path: Path) -> None:
+    """Elements of an array are found by their bytes, whatever the letters before them."""
+    rows = [{"id": f"数{n}", "messages": [{"role": "user", "content": "Wörter " * n}]} for n in range(5)]
+    manifest = read_manifest(write(tmp_path, rows, "pool.json"))
+    assert [sample.id for sample in manifest] == [row["id"] for row in rows]
+    assert manifest.get("数3").turns[0].content == "Wörter " * 3
+    assert manifest[-1].id == "数4" and [sample.id for sample in manifest[1:3]] == ["数1", "数2"]
+
+
+def test_lookup_labels_and_reindexing(tmp_path: Path) -> None:
+    """Ids and labels without reading rows; a changed file is indexed again."""
+    rows = [{"id": f"r{n}", "objective": ("boxes", "exact")[n % 2], "messages": [{"role": "user", "content": "?"}]}
+            for n in range(100)]  # fmt: skip
+    path = write(tmp_path, rows)
+    manifest = read_manifest(path)
+    assert manifest.index_of("r42") == 42 and manifest.label(42, "objective") == "boxes"
+    assert manifest.counts("objective") == {"boxes": 50, "exact": 50}
+    with pytest.raises(KeyError):
+        manifest.get("r100")
+    with open(path, "a") as file:
+        file.write(json.dumps({**rows[0], "id": "r100"}) + "\n")
+    os.utime(path, (time.time() + 5, time.time() + 5))
+    assert read_manifest(path).get("r100").id == "r100"
+
+
+def test_missing_manifest_is_named(tmp_path: Path) -> None:
+    """One line that says which file."""
+    with pytest.raises(DataError, match="nothing.jsonl: no such manifest"):
+        read_manifest(tmp_path / "nothing.jsonl")
+
+
+def test_media_root(tmp_path: Path) -> None:
+    """Paths under another root than the manifest's folder."""
+    path = write(tmp_path, [{"messages": [{"role": "user", "content": "?"}], "video": "v.mp4"}])
+    manifest: Manifest = read_manifest(path, tmp_path / "elsewhere")
+    assert manifest[0].media[0].path == str(tmp_path / "elsewhere" / "v.mp4")
