@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ class SampleRow:
     gold: Any
     answer: str | None
     media: tuple[Mapping[str, Any], ...]
+
+
+SAMPLE_BATCH = 4096
+"""Samples held in memory while a large manifest is registered."""
+
+
+def _row_of(sample: Sample, pool: str) -> tuple[Any, ...]:
+    question = "\n".join(turn.content for turn in sample.turns if turn.role == "user")
+    media = [{"kind": m.kind, "path": m.path, "start": m.start, "end": m.end} for m in sample.media]
+    gold = None if sample.gold is None else to_json(sample.gold)
+    answer = None if sample.answer is None else clean(sample.answer)
+    return (
+        sample.id, pool, sample.objective, sample.dimension, sample.source, clean(question), gold, answer,
+        to_json(media),
+    )  # fmt: skip
 
 
 def _sample_row(values: tuple[Any, ...]) -> SampleRow:
@@ -150,35 +166,30 @@ class LedgerBase:
 
         A sample known already must be the same: a changed manifest under an old run would mix two experiments.
         """
-        rows = []
-        for sample in samples:
-            question = "\n".join(turn.content for turn in sample.turns if turn.role == "user")
-            media = [{"kind": m.kind, "path": m.path, "start": m.start, "end": m.end} for m in sample.media]
-            gold = None if sample.gold is None else to_json(sample.gold)
-            answer = None if sample.answer is None else clean(sample.answer)
-            rows.append(
-                (sample.id, pool, sample.objective, sample.dimension, sample.source, clean(question), gold, answer,
-                 to_json(media))
-            )  # fmt: skip
-        before = len(self._sample_keys)
-        known = [row for row in rows if row[0] in self._sample_keys]
-        for row in known:
+        before, stream = len(self._sample_keys), iter(samples)
+        with self.transaction():
+            while batch := list(islice(stream, SAMPLE_BATCH)):
+                self._add_batch([_row_of(sample, pool) for sample in batch], pool)
+        return len(self._sample_keys) - before
+
+    def _add_batch(self, rows: list[tuple[Any, ...]], pool: str) -> None:
+        for row in rows:
+            if row[0] not in self._sample_keys:
+                cursor = self.connection.execute(
+                    "INSERT INTO samples (id, pool, objective, dimension, source, question, gold, answer, media) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                )
+                self._sample_keys[row[0]] = cursor.lastrowid or 0
+                continue
             stored = self.connection.execute(
-                "SELECT id, objective, question, gold FROM samples WHERE id = ?", (row[0],)
+                "SELECT objective, question, gold FROM samples WHERE key = ?", (self._sample_keys[row[0]],)
             ).fetchone()
-            if stored != (row[0], row[2], row[5], row[6]):
+            if stored != (row[2], row[5], row[6]):
                 raise LedgerError(
                     f"sample {row[0]!r} of pool {pool!r} differs from the one recorded under this id in {self.path}: "
                     "give it an id of its own, or start a new run"
                 )
-        with self.transaction():
-            self.connection.executemany(
-                "INSERT OR IGNORE INTO samples (id, pool, objective, dimension, source, question, gold, answer, media) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (row for row in rows if row[0] not in self._sample_keys),
-            )
-            self._sample_keys = dict(self.connection.execute("SELECT id, key FROM samples"))
-        return len(self._sample_keys) - before
 
     def samples(self, pool: str | None = None) -> dict[str, SampleRow]:
         """Registered samples by id, in order of registration."""
