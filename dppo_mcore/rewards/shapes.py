@@ -5,6 +5,7 @@ Coordinates with a decimal point within [0, 1] are shares of width and height, a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,8 @@ def in_polygon(x_N: np.ndarray, y_N: np.ndarray, polygon_V2: np.ndarray) -> np.n
 def gold_region(sample: Sample) -> Region:
     """Region from gold (or extras): {"mask"}, {"polygon"}, {"polygons"}, {"box"}, {"boxes"}, or bare lists of them.
 
-    A mask is rows of 0/1 or the path of an image or .npy file; it sets the image's size. A bare list of four numbers
+    A mask is rows of 0/1 or the path of an image or .npy file (relative: in the folder of the sample's first
+    medium); it sets the image's size. A bare list of four numbers
     is a box, a bare list of pairs a polygon. Gold coordinates of which none exceeds 1 are shares.
     """
     gold: Any = sample.gold
@@ -145,7 +147,7 @@ def gold_region(sample: Sample) -> Region:
     if not isinstance(gold, Mapping):
         raise ValueError(f"gold of sample {sample.id!r} is no region (mask, polygon, box): {str(gold)[:200]}")
     if "mask" in gold:
-        mask_HW = _mask_file(gold["mask"]) if isinstance(gold["mask"], str) else np.asarray(gold["mask"]) > 0
+        mask_HW = _mask_file(_beside(sample, gold["mask"])) if isinstance(gold["mask"], str) else _rows(gold["mask"])
         return Region((mask_HW.shape[0], mask_HW.shape[1]), mask_HW)
     polygons = list(gold.get("polygons", ())) + ([gold["polygon"]] if "polygon" in gold else [])
     for x0, y0, x1, y1 in list(gold.get("boxes", ())) + ([gold["box"]] if "box" in gold else []):
@@ -173,6 +175,16 @@ def _bare(gold: Any) -> Any:
     if all(isinstance(value, Sequence) and len(value) == 4 for value in gold):
         return {"boxes": gold}
     return gold
+
+
+def _beside(sample: Sample, path: str) -> str:
+    """A relative path lies in the folder of the sample's first medium."""
+    folder = os.path.dirname(sample.media[0].path) if sample.media else ""
+    return os.path.join(folder, path)
+
+
+def _rows(mask: Any) -> np.ndarray:
+    return np.asarray(mask) > 0
 
 
 @lru_cache(maxsize=256)

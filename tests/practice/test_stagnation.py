@@ -144,7 +144,7 @@ def test_error_rates() -> None:
     """Six tasks, 5 prompts each a step, as in a small run: how often the decision is wrong.
 
     Flat from the start: should end about as soon as two full windows are there (160 steps of 5 prompts).
-    Rising by 10 points a window over the whole run: must not end before max_steps.
+    Rising by 25 points a hundred steps over the whole run: must not end before max_steps.
     """
     runs = 20
     flat = [simulate(np.full(400, 0.4), tasks=6, seed=s, max_steps=400)[0] for s in range(runs)]
