@@ -28,10 +28,10 @@ def fingerprint(shard: Tensor, row: int = 0, column: int = 0) -> int:
 
     A tensor of more than two dimensions counts as [first, all others]; one of one dimension as a column.
     """
+    if not shard.numel():
+        return 0
     matrix_RC = shard.detach().reshape(shard.shape[0], -1) if shard.dim() > 1 else shard.detach().reshape(-1, 1)
     rows, columns = matrix_RC.shape
-    if not rows or not columns:
-        return 0
     bits_RC = matrix_RC.view(_BITS[matrix_RC.element_size()])
     column_weights_C = _mix(column, columns, 0x5851F42D4C957F2D, shard.device)
     row_weights_R = _mix(row, rows, 0x14057B7EF767814F, shard.device)

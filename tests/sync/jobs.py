@@ -11,8 +11,7 @@ import torch
 from dppo_mcore.config import Config
 from dppo_mcore.data.packing import pack_groups
 from dppo_mcore.learn import state, step
-from dppo_mcore.rollout.base import GenerationRequest, banned_ids, eos_ids, make_engine
-from dppo_mcore.rollout.base import Sampling
+from dppo_mcore.rollout.base import GenerationRequest, Sampling, banned_ids, eos_ids, make_engine
 from dppo_mcore.runtime import parallel
 from dppo_mcore.sync.push import WeightSync, attach
 from dppo_mcore.types import Prompt, Rollout
