@@ -1,7 +1,8 @@
 """The chunked walk over a vocabulary head that both log-prob ops share.
 
-Valid rows are compacted first, then taken in chunks whose logits fit the workspace. A chunk always has a multiple of
-128 rows (the last one is padded with zero rows): a row's value then does not depend on which rows surround it.
+Valid rows are compacted first, then taken in chunks whose logits fit the workspace. A product always has at
+least 128 rows, in sixteens (the last chunk is padded with zero rows): a row's value then does not depend on which rows
+surround it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `first .. first + rows` of the compacted input; P is `rows` padded to whole quanta with zero rows."""
+    """Rows `first .. first + rows` of the compacted input; P is `rows` padded with zero rows."""
 
     first: int
     rows: int
@@ -79,7 +80,7 @@ class Head:
     def logits(self, span: Span) -> Chunk:
         """Gather a chunk's rows and multiply them with the weight."""
         first, rows = span[0], span[1] - span[0]
-        padded = _quantum(max(1, rows))
+        padded = _filled(rows)
         width = self.hidden_NH.shape[1]
         if self.rows_n is None and padded == rows and self.hidden_NH.stride(1) == 1:
             hidden_PH = self.hidden_NH[first : first + rows]
@@ -144,7 +145,7 @@ class Head:
         """Scratch of the largest chunk, made once."""
         held = self._buffers.get(name)
         if held is None or held.shape[0] < rows:
-            most = max(rows, min(self.limit, _quantum(max(1, self.count))))
+            most = max(rows, min(self.limit, _filled(self.count)))
             held = self._buffers[name] = torch.empty(most, width, dtype=dtype, device=self.hidden_NH.device)
         return held[:rows]
 
@@ -224,6 +225,11 @@ def check_inputs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, temper
 
 def _quantum(rows: int) -> int:
     return -(-rows // ROW_QUANTUM) * ROW_QUANTUM
+
+
+def _filled(rows: int) -> int:
+    """Rows of a product: never so few that a library turns to another way of summing."""
+    return max(ROW_QUANTUM, -(-rows // 16) * 16)
 
 
 def _padded(columns: int) -> int:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dppo_kernels import linear_logprob, linear_policy_loss
 from torch import Tensor
 
-from dppo_kernels import linear_logprob, linear_policy_loss
 from tests.kernels.oracle import head_case
 
 _subgroups: dict[tuple[int, ...], Any] = {}

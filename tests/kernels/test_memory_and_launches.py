@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from live_memory import LiveMemory
-
 from dppo_kernels import head_rows_triton, linear_logprob, linear_policy_loss
 from dppo_kernels.head_rows import RowStats
 from dppo_kernels.vocab import VocabShard
+from live_memory import LiveMemory
+
 from tests.kernels.oracle import BACKENDS, DEVICE, head_case
 
 ROWS, WIDTH, VOCAB = 1024, 32, 4000

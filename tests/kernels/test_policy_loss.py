@@ -35,7 +35,8 @@ def ours(data: dict[str, Tensor], backend: str, upstream: float = 1.0, **options
     new = data["new"].clone().requires_grad_()
     loss, metrics = policy_loss(
         new, data["old"], data["advantages"], data["mask"], ref_logprobs=data.get("ref"),
-        rollout_logprobs=data.get("rollout"), cu_seqlens=torch.tensor(BOUNDS, device=DEVICE), backend=backend, **options,
+        rollout_logprobs=data.get("rollout"), cu_seqlens=torch.tensor(BOUNDS, device=DEVICE),
+        backend=backend, **options,
     )  # fmt: skip
     (loss * upstream).backward()
     return loss.detach(), new.grad, metrics

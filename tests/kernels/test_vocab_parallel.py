@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from dppo_kernels import linear_policy_loss
+
 from tests.kernels import oracle, parallel_cases
 from tests.kernels.oracle import BACKENDS, head_case, relative, worst
 from tests.support.rank_pool import RankPool
