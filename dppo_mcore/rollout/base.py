@@ -134,8 +134,11 @@ class WeightReceiver(Protocol):
         """Close the update; answers from now on carry `version`."""
         ...
 
-    def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """`rollout.fingerprint` of each named tensor as the engine holds it, summed over its ranks."""
+    def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+        """`rollout.fingerprint` of each named tensor as the engine holds it, summed over its ranks.
+
+        None where the engine can't tell; the log-prob check after the sync is then all there is.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -291,7 +292,7 @@ class ServerEngine:
         results = []
         for prompt, answer in zip(prompts, answers, strict=True):
             embeddings_MH = self.encoder.embeddings(prompt) if prompt.media and self.sends_embeddings else None
-            results.append(self._on_leader(lambda p=prompt, a=answer, e=embeddings_MH: self._score_one(p, a, e)))
+            results.append(self._on_leader(partial(self._score_one, prompt, answer, embeddings_MH)))
         return results
 
     def _score_one(self, prompt: Prompt, answer: Sequence[int], embeddings_MH: Tensor | None) -> list[float]:

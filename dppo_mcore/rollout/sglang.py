@@ -14,15 +14,15 @@ from torch import Tensor
 from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
+from dppo_mcore.rollout.http import HttpClient, HttpReceiver
 from dppo_mcore.rollout.media import share_embeddings, share_patches
 from dppo_mcore.rollout.server import EngineClient, ServerEngine
-from dppo_mcore.rollout.sglang_options import engine_options, environment
+from dppo_mcore.rollout.sglang_options import engine_options, environment, sampling_params
 from dppo_mcore.rollout.sidecar_client import EngineDied, SidecarClient
 from dppo_mcore.runtime import device
 from dppo_mcore.types import Prompt
 
 GREEDY = 0.0
-BAN = -1e9
 
 
 class SglangEngine(ServerEngine):
@@ -34,9 +34,17 @@ class SglangEngine(ServerEngine):
         super().__init__(*arguments)
         self.sends_embeddings = self.config.rollout.engine_vision == "embeddings"
         self.receiver = SidecarReceiver(self)
+        if self.config.rollout.rollout_url:
+            self.receiver = HttpReceiver(self._http)
+
+    def _http(self) -> HttpClient:
+        assert isinstance(self.client, HttpClient)
+        return self.client
 
     def open_client(self) -> EngineClient:
-        """Start a sidecar."""
+        """Reach the server given by URL, or start a sidecar."""
+        if url := self.config.rollout.rollout_url:
+            return HttpClient(url, self.config.rollout.rollout_timeout_s, self.config.rollout.rollout_max_in_flight)
         rollout, kind = self.config.rollout, device.device().type
         options = engine_options(self.config, kind, self.config.run.seed)
         variables = environment(kind, options["tp_size"])
@@ -157,22 +165,6 @@ def raw_answer(reply: Mapping[str, Any]) -> RawAnswer:
         versions=tuple((int(version), start, end) for version, start, end in reply["versions"]),
         matched=finish["matched"] if isinstance(finish.get("matched"), str) else "",
     )
-
-
-def sampling_params(sampling: Sampling, seed: int, prefix_tokens: int) -> dict[str, Any]:
-    """SGLang's names for a `Sampling`; banned ids get a bias no logit overcomes."""
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "max_new_tokens": sampling.max_tokens - prefix_tokens,
-        "stop": list(sampling.stop),
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "logit_bias": {str(token): BAN for token in sampling.banned_token_ids},
-        "sampling_seed": seed,
-        "skip_special_tokens": True,
-        "no_stop_trim": True,
-    }
 
 
 class SidecarReceiver:

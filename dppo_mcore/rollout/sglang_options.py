@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from dppo_mcore.config import Config
-from dppo_mcore.rollout.base import EngineError
+from dppo_mcore.rollout.base import EngineError, Sampling
 
 BY_DEVICE: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -24,6 +24,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     "cpu": {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     "cuda": {},
 }
+BAN = -1e9
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -67,3 +68,19 @@ def environment(device: str, tensor_parallel: int) -> dict[str, str]:
     if device == "cpu" and tensor_parallel > 1:
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in range(tensor_parallel))
     return variables
+
+
+def sampling_params(sampling: Sampling, seed: int, prefix_tokens: int) -> dict[str, Any]:
+    """SGLang's names for a `Sampling`; banned ids get a bias no logit overcomes."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": sampling.max_tokens - prefix_tokens,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "logit_bias": {str(token): BAN for token in sampling.banned_token_ids},
+        "sampling_seed": seed,
+        "skip_special_tokens": True,
+        "no_stop_trim": True,
+    }
