@@ -44,11 +44,27 @@ def save_if_due(run: Run, phase: str, phase_step: int) -> None:
 def finish_phase(run: Run, phase: str, phase_step: int, reason: str) -> None:
     """Evaluate the end of a phase, checkpoint it, then mark the phase done."""
     results = evaluate(run, phase, phase_step)
-    save(run, phase, phase_step, flat_metrics(results).get(run.config.output.best_metric))
+    # A phase without steps ends with the weights it began with, and those have their checkpoint.
+    if phase_step and not _is_saved(run, Position(phase, phase_step, run.step)):
+        save(run, phase, phase_step, flat_metrics(results).get(run.config.output.best_metric))
     run.saver.finish()
+    damaged = run.exchange.at_rank0(list(run.source.quarantine.entries()))
     if run.exchange.rank == 0:
+        for entry in damaged:
+            run.ledger.quarantine(entry.path or entry.sample_id, entry.sample_id, entry.reason)
         run.ledger.finish_phase(phase, phase_step, reason)
     run.exchange.barrier()
+
+
+def _is_saved(run: Run, position: Position) -> bool:
+    """Whether the newest checkpoint is this very position: writing it again would open a gap for a kill."""
+
+    def look() -> bool:
+        newest = checkpoint.latest(run.saver.folder)
+        return newest is not None and checkpoint.read_meta(newest)["extra"] == asdict(position)
+
+    run.saver.finish()
+    return run.exchange.from_rank0(look)
 
 
 def find_again(run: Run) -> Position:

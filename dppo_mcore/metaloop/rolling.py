@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.loader import divide
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn.rl import Group
 from dppo_mcore.metaloop.run import Run
@@ -43,8 +45,7 @@ def roll_out(
     """
     recorded = recorded or {}
     began = time.perf_counter()
-    mine = list(ids[run.exchange.replica :: run.exchange.replicas])
-    prompts = load_prompts(run, mine, pool, horizon)
+    prompts = load_prompts(run, ids, pool, horizon)
     decoded = time.perf_counter()
     requests = [
         GenerationRequest(name, prompt, n - len(have), first_index=len(have), seed=run.config.run.seed_of(label))
@@ -73,9 +74,28 @@ def roll_out(
 
 
 def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> dict[str, Prompt]:
-    """Decoded prompts by id; a sample whose media are damaged is quarantined by name and left out."""
-    stream = run.source.stream(Request(run.sample(pool, name), horizon) for name in ids)
-    return {request.sample.id: prompt for request, prompt in stream if prompt is not None}
+    """This replica's share, decoded, by id; a sample whose media are damaged is quarantined by name and left out."""
+    stream = run.source.stream(my_share(run, [Request(run.sample(pool, name), horizon) for name in ids]))
+    longest = run.config.rollout.max_prompt_tokens
+    found: dict[str, Prompt] = {}
+    for request, prompt in stream:
+        if prompt is None:
+            continue
+        if len(prompt.token_ids) > longest:
+            length = len(prompt.token_ids)
+            reason = f"{length} prompt tokens, above max_prompt_tokens {longest}; take fewer frames or pixels"
+            run.source.quarantine.add(request.sample.id, DataError(reason))
+            continue
+        found[request.sample.id] = prompt
+    return found
+
+
+def my_share(run: Run, requests: Sequence[Request]) -> list[Request]:
+    """This replica's part of a step's requests, balanced by FLOPs; rank 0 divides, for quarantines may differ."""
+    if run.exchange.replicas == 1:
+        return list(requests)
+    parts = run.exchange.from_rank0(lambda: divide(run.source, requests, run.exchange.replicas))
+    return [requests[number] for number in parts[run.exchange.replica]]
 
 
 def score_all(run: Run, pool: str, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:

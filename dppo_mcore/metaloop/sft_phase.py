@@ -11,6 +11,7 @@ import numpy as np
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn.sft import sft_step
 from dppo_mcore.metaloop import position
+from dppo_mcore.metaloop.rolling import my_share
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.practice import curriculum
 from dppo_mcore.practice.ledger import PhasePlan, SftItem
@@ -46,14 +47,15 @@ def learn(
     order = Order(len(lessons), shuffle_seed)
 
     def share(step: int) -> list[Request]:
-        chosen = order.rows(step * size, (step + 1) * size)[run.exchange.replica :: run.exchange.replicas]
-        return [_request(run, lessons[row], phase.horizon) for row in chosen]
+        rows = order.rows(step * size, (step + 1) * size)
+        return my_share(run, [_request(run, lessons[row], phase.horizon) for row in rows])
 
+    upcoming = share(done) if done < steps else []
     step = done
     while step < steps:
         began = time.perf_counter()
-        mine = share(step)
-        run.source.prefetch(share(step + 1) if step + 1 < steps else [])
+        mine, upcoming = upcoming, share(step + 1) if step + 1 < steps else []
+        run.source.prefetch([*mine, *upcoming])
         conversations = [found for request in mine if (found := run.source.take(request)) is not None]
         data_seconds = time.perf_counter() - began
         result = sft_step(run.learner, conversations)
@@ -62,7 +64,8 @@ def learn(
         run.metrics.log(run.step, values, phase=phase.name, phase_step=step)
         if step % run.config.output.log_interval == 0:
             run.say(_line(phase.name, step, steps, values))
-        position.save_if_due(run, phase.name, step)
+        if step < steps:
+            position.save_if_due(run, phase.name, step)
     position.finish_phase(run, phase.name, step, f"{steps} steps over {len(lessons)} lessons")
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from dppo_mcore.practice.ledger import Ledger
+from tests.support.sglang_server import shim_path
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
@@ -60,7 +61,7 @@ def command(world: Path, run: Path, ranks: int = 1, **changes: object) -> list[s
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, its output appended to `log`."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), shim_path()]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }

@@ -13,6 +13,7 @@ import pytest
 
 from dppo_mcore.practice.ledger import Ledger
 from tests.metaloop import harness
+from tests.support.sglang_server import PYTHON as SGLANG_PYTHON
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +99,14 @@ def test_two_ranks_go_through_every_phase(world: Path, tmp_path: Path, layout: d
     harness.finish(harness.command(world, tmp_path / "run", ranks=2, **layout), tmp_path / "log")
     with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
         assert all(phase.state == "done" for phase in ledger.phases())
+
+
+@pytest.mark.slow
+@pytest.mark.sglang
+def test_the_loop_runs_on_the_real_sglang(world: Path, tmp_path: Path) -> None:
+    options = {"rollout_engine": "sglang", "rollout_python": SGLANG_PYTHON, "buffer_samples": 32, "eval_samples": 8}
+    harness.finish(harness.command(world, tmp_path / "run", **options), tmp_path / "log")
+    with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
+        assert all(phase.state == "done" for phase in ledger.phases())
+        versions = {v[0] for row in ledger.all_rollouts("1-1 RL") for v in row.scored.rollout.weight_versions}
+        assert len(versions) == 4
