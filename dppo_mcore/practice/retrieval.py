@@ -18,10 +18,13 @@ _TOKEN = re.compile(r"[^\W_]+")
 _MARKER = re.compile(r"<(?:image|video)>")
 
 
-class TextIndex(Protocol):
-    """Similarity of a query to every indexed text, [N] in [-1, 1]."""
+EVERY = slice(None)
 
-    def similarity(self, text: str) -> np.ndarray: ...
+
+class TextIndex(Protocol):
+    """Similarity of a query to the indexed texts of `span`, [N] in [-1, 1]."""
+
+    def similarity(self, text: str, span: slice = ...) -> np.ndarray: ...
 
 
 def question_of(sample: Sample) -> str:
@@ -56,18 +59,21 @@ class TfIdf:
         self._weight_P = (weight_P / norm_N[document_P])[order_P]
         self._start_V = np.concatenate([[0], np.cumsum(frequency_V)])
 
-    def similarity(self, text: str) -> np.ndarray:
-        """Cosine with every text."""
+    def similarity(self, text: str, span: slice = EVERY) -> np.ndarray:
+        """Cosine with the texts of `span`; the cost follows their number, not that of all."""
+        first, last, _ = span.indices(self.size)
         counts: dict[int, int] = {}
-        norm, scores_N = 0.0, np.zeros(self.size)
+        norm, scores_N = 0.0, np.zeros(last - first)
         for word in _TOKEN.findall(text.lower()):
             if word in self._terms:
                 counts[self._terms[word]] = counts.get(self._terms[word], 0) + 1
         for term, count in counts.items():
             weight = (1 + np.log(count)) * self._idf_V[term]
             norm += weight**2
-            span = slice(self._start_V[term], self._start_V[term + 1])
-            scores_N[self._document_P[span]] += weight * self._weight_P[span]
+            start, end = self._start_V[term], self._start_V[term + 1]
+            documents_D = self._document_P[start:end]
+            low, high = np.searchsorted(documents_D, (first, last))
+            scores_N[documents_D[low:high] - first] += weight * self._weight_P[start + low : start + high]
         return scores_N / np.sqrt(norm) if norm else scores_N
 
 
@@ -87,9 +93,9 @@ class Embeddings:
         mean_H = hidden_LH.mean(axis=0)
         return mean_H / max(float(np.linalg.norm(mean_H)), 1e-12)
 
-    def similarity(self, text: str) -> np.ndarray:
-        """Cosine with every text."""
-        return self._vectors_NH @ self._vector(text)
+    def similarity(self, text: str, span: slice = EVERY) -> np.ndarray:
+        """Cosine with the texts of `span`."""
+        return self._vectors_NH[span] @ self._vector(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +125,48 @@ def retrieve(weak: Sequence[Sample], pool: Iterable[Sample], *, neighbours: int 
     candidates = [sample for sample in pool if sample.id not in weak_ids]
     if not weak or not candidates or neighbours <= 0:
         return []
+    # Samples of one task and dimension lie together: most queries then look at one span of the pool only.
+    candidates.sort(key=_kind)
+    spans = _spans([_kind(sample) for sample in candidates])
     texts = [question_of(sample) for sample in candidates]
     index: TextIndex = Embeddings(texts, model) if model else TfIdf(texts)
-    codes: dict[str, int] = {}
-    task_N = np.array([codes.setdefault("t" + s.objective, len(codes)) for s in candidates])
-    dimension_N = np.array([codes.setdefault("d" + s.dimension, len(codes)) for s in candidates])
+    task_N = np.array([sample.objective for sample in candidates])
+    dimension_N = np.array([sample.dimension for sample in candidates])
     free_N = np.ones(len(candidates), dtype=bool)
     found: list[Related] = []
     for sample in weak:
-        similarity_N = index.similarity(question_of(sample))
-        same_task_N = task_N == codes.get("t" + sample.objective, -1)
-        same_dimension_N = (dimension_N == codes.get("d" + sample.dimension, -1)) & bool(sample.dimension)
-        # Cosines are at most 1, so ranks 4 apart never mix.
-        score_N = similarity_N + 8.0 * same_task_N + 4.0 * same_dimension_N
-        score_N = np.where(free_N, score_N, -np.inf)
-        top = min(neighbours, int(free_N.sum()))
+        span = spans.get(_kind(sample), slice(0, 0))
+        if not sample.dimension or free_N[span].sum() < neighbours:
+            span = slice(0, len(candidates))
+        top = min(neighbours, int(free_N[span].sum()))
         if top == 0:
             break
-        for place in _best(score_N, top):
-            free_N[place] = False
+        same_task_N = task_N[span] == sample.objective
+        same_dimension_N = (dimension_N[span] == sample.dimension) & bool(sample.dimension)
+        similarity_N = index.similarity(question_of(sample), span)
+        # Cosines are at most 1, so ranks 4 apart never mix.
+        rank_N = np.where(free_N[span], similarity_N + 8.0 * same_task_N + 4.0 * same_dimension_N, -np.inf)
+        for place in _best(rank_N, top):
+            free_N[span.start + place] = False
             found.append(
                 Related(
-                    candidates[place], sample.id, float(similarity_N[place]), bool(same_dimension_N[place]),
-                    bool(same_task_N[place]),
+                    candidates[span.start + place], sample.id, float(similarity_N[place]),
+                    bool(same_dimension_N[place]), bool(same_task_N[place]),
                 )
             )  # fmt: skip
     return found
+
+
+def _kind(sample: Sample) -> tuple[str, str]:
+    return sample.objective, sample.dimension
+
+
+def _spans(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], slice]:
+    """Where each kind's run lies in a sorted list."""
+    spans: dict[tuple[str, str], slice] = {}
+    for place, kind in enumerate(kinds):
+        spans[kind] = slice(spans[kind].start if kind in spans else place, place + 1)
+    return spans
 
 
 def _best(score_N: np.ndarray, count: int) -> list[int]:
