@@ -116,8 +116,9 @@ def _meta_device() -> Iterator[None]:
 
 
 @contextmanager
-def _pretend_rank(rank: int, layout: ParallelConfig) -> Iterator[None]:
+def pretend_rank(rank: int, layout: ParallelConfig) -> Iterator[None]:
     """This process as one rank of the layout's world; its collectives do nothing."""
+    device.install()
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -143,7 +144,7 @@ def rank_weights(rank: int, qwen: QwenConfig, layout: ParallelConfig) -> tuple[t
     from dppo_mcore.model.model import build_model
     from dppo_mcore.model.weights import named_weights
 
-    with _pretend_rank(rank, layout):
+    with pretend_rank(rank, layout):
         place = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),

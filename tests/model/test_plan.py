@@ -12,6 +12,7 @@ import plan
 import pytest
 import torch
 
+from dppo_mcore.config import ParallelConfig
 from dppo_mcore.model.config import parse_qwen_config
 from dppo_mcore.runtime.errors import UserError
 
@@ -37,9 +38,23 @@ def test_72b_fits_without_its_memory(layout: tuple[str, str, str | None]) -> Non
     assert 73.4e9 < sum(found["parameters_per_rank"]) * int(tp) < 1.12 * 73.4e9
 
 
-def test_a_tied_model_and_uneven_stages() -> None:
-    found = run("--model-config", "3b", "--tp", "2", "--pp", "4", "--first", "6", "--last", "8")
-    assert found["keys"] == 824
+@pytest.mark.parametrize(
+    ("size", "layout", "keys"),
+    [
+        ("3b", {"tp": 2, "pp": 4, "first": 6, "last": 10}, 824),
+        ("7b", {"tp": 4, "pp": 2}, 729),
+        ("32b", {"tp": 8, "pp": 4, "vpp": 2}, 1161),
+    ],
+)
+def test_other_sizes_tied_uneven_and_interleaved(size: str, layout: dict[str, int], keys: int) -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout["tp"],
+        pipeline_model_parallel_size=layout["pp"],
+        virtual_pipeline_model_parallel_size=layout.get("vpp"),
+        num_layers_in_first_pipeline_stage=layout.get("first"),
+        num_layers_in_last_pipeline_stage=layout.get("last"),
+    )
+    assert plan.dry_run(plan.qwen_of(size), parallel)["keys"] == keys
 
 
 def test_a_layout_that_does_not_divide_is_one_line() -> None:

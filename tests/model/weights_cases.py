@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from dppo_mcore.config import Config, ModelConfig, ParallelConfig
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import build_model
 from dppo_mcore.model.safetensors_io import CheckpointReader, TensorSpec, plan_files, write_checkpoint
 from dppo_mcore.model.weight_map import WeightMap
-from dppo_mcore.model.weights import export_hf, iter_hf_weights, load_hf_weights
+from dppo_mcore.model.weights import export_hf, iter_hf_weights, load_hf_weights, named_weights
 from dppo_mcore.runtime import parallel as runtime
 
 Digests = dict[str, tuple[str, str]]
@@ -55,6 +56,36 @@ def round_trip(folder: str, parallel: ParallelConfig, dtype: str = "fp32") -> tu
         assert not any(parameter.isnan().any() for parameter in chunk.parameters())
     found = {name: digest(tensor) for name, tensor in iter_hf_weights(chunks, qwen)}
     return found, report.bytes_requested, report.own_bytes
+
+
+def merged_loads(folder: str, parallel: ParallelConfig, dtype: str) -> Digests:
+    """Digests of the checkpoint put together from what every rank of a layout loads, one pretended after the other."""
+    import plan
+
+    qwen = load_qwen_config(folder)
+    weight_map = WeightMap(qwen)
+    shards: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    tp = parallel.tensor_model_parallel_size
+    for rank in range(tp * parallel.pipeline_model_parallel_size):
+        with plan.pretend_rank(rank, parallel):
+            chunks = build_model(qwen, Config(parallel=parallel, model=ModelConfig(dtype=dtype)))
+            report = load_hf_weights(chunks, folder, qwen)
+            assert report.bytes_requested == report.own_bytes
+            tp_rank = parallel_state.get_tensor_model_parallel_rank()
+            for name, parameter in named_weights(chunks).items():
+                entry = weight_map[name]
+                if entry.copy_of is not None:
+                    assert torch.equal(parameter, shards[entry.copy_of][tp_rank])
+                    continue
+                same = shards[entry.name].setdefault(tp_rank, parameter.data)
+                assert same is parameter.data or torch.equal(same, parameter)
+    found = {}
+    for entry in weight_map.exported():
+        ranks = [shards[entry.name][rank] for rank in range(tp)]
+        if entry.kind == "replicated":
+            assert all(torch.equal(ranks[0], other) for other in ranks)
+        found |= {name: digest(tensor) for name, tensor in entry.merge(ranks)}
+    return found
 
 
 def export(folder: str, parallel: ParallelConfig, out: str, **options: Any) -> None:
@@ -138,7 +169,3 @@ def load_costs(folder: str, parallel: ParallelConfig) -> dict[str, float]:
         "anonymous": memory.growth,
         "seconds": report.seconds,
     }
-
-
-def uneven(parallel: ParallelConfig, first: int | None, last: int | None) -> ParallelConfig:
-    return replace(parallel, num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
