@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -32,7 +33,7 @@ WITHHELD = "plan"
 class WorldOptions:
     """Sizes and shares of a data set."""
 
-    clips_base: int = 4000
+    clips_base: int = 6000
     clips_pool: int = 2000
     clips_eval: int = 240
     questions_per_clip: int = 3
@@ -54,7 +55,7 @@ class WorldOptions:
     seed: int = 7
 
 
-LEVEL_SHARES: dict[Level, float] = {"trivial": 0.15, "normal": 0.65, "hard": 0.15, "impossible": 0.05}
+LEVEL_SHARES: dict[Level, float] = {"trivial": 0.2, "normal": 0.65, "hard": 0.1, "impossible": 0.05}
 
 
 def _encode(job: tuple[Scene, str, int]) -> None:
@@ -130,11 +131,19 @@ def general_rows(count: int, seed: int, evaluation: bool) -> Iterator[dict]:
     found = 0
     while found < count:
         question = ask_general(list(GENERAL_KINDS)[found % 2], rng)
-        if (sum(map(ord, question.text)) % 5 == 0) != evaluation:
+        if (crc32(question.text.encode()) % 5 == 0) != evaluation:
             continue
         name = f"{GENERAL}-eval" if evaluation else GENERAL
         yield _with_answer(_row(f"{name}-{found:05d}", question, None, "trivial", GENERAL), full_answer(question))
         found += 1
+
+
+def general_conversations(rows: list[dict], options: WorldOptions, rng: np.random.Generator) -> Iterator[dict]:
+    """The same questions as conversations of several turns, for the base: one for every four of its clips."""
+    for number in range(options.clips_base // 4):
+        picked = [rows[int(k)] for k in rng.integers(len(rows), size=options.base_turns)]
+        turns = [turn for row in picked for turn in row["messages"]]
+        yield {**picked[-1], "id": f"base-{GENERAL}-{number:05d}", "messages": turns}
 
 
 def _write(path: Path, rows: Iterator[dict] | list[dict]) -> int:
@@ -177,7 +186,7 @@ def make_world(out: Path, options: WorldOptions, workers: int = 2) -> dict[str, 
     held_out = make_clips(out, "eval", options.clips_eval, options, workers)
     clip_seconds = time.perf_counter() - started
     general = list(general_rows(options.general, options.seed, evaluation=False))
-    base_mix = [*base_rows(base, options, rng), *general[: options.clips_base // 4]]
+    base_mix = [*base_rows(base, options, rng), *general_conversations(general, options, rng)]
     rows["base"] = _write(out / "base.jsonl", [base_mix[k] for k in rng.permutation(len(base_mix))])
     questions = list(question_rows(pool, options, rng, "pool"))
     rows["pool"] = _write(out / "pool.jsonl", [row for row, _ in questions])

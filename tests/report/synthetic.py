@@ -26,8 +26,6 @@ PHASES = (
 START = 1.79e9
 SYLLABLES = (("gri", "blo", "mo", "ta", "ro"), ("p", "ck", "ve", "bl"), ("er", "s", "ed"))
 WORDS = tuple(a + b + c for a in SYLLABLES[0] for b in SYLLABLES[1] for c in SYLLABLES[2])
-    f"{a}{b}{c}" for a in ("gri", "blo", "mo", "ta", "ro") for b in ("p", "ck", "ve", "bl") for c in ("er", "s", "ed")
-)
 
 
 def _samples(count: int, folder: Path, pool: str, clips: int) -> list[Sample]:
