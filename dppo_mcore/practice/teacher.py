@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dppo_mcore.config import PracticeConfig
 from dppo_mcore.practice.ledger import Ledger, TeacherAnswer
 from dppo_mcore.practice.teacher_client import (
     ChatClient,
@@ -21,6 +22,7 @@ from dppo_mcore.practice.teacher_client import (
     TeacherGaveUpError,
     TeacherRefusedError,
 )
+from dppo_mcore.practice.teacher_media import Frames, media_parts
 from dppo_mcore.rewards.extraction import canonical, final_answer
 from dppo_mcore.rewards.scoring import Score
 from dppo_mcore.types import Sample
@@ -108,6 +110,24 @@ class EndpointTeacher:
         ]
         messages.append({"role": "user", "content": content})
         return self._client.chat(messages, self._max_tokens, self._temperature, seed=index)
+
+
+def make_teacher(config: PracticeConfig, frames: Frames, key: str = "") -> Teacher | None:
+    """The configured teacher: a file of answers, an endpoint (with its key), or none."""
+    if config.teacher_file:
+        return FileTeacher(config.teacher_file)
+    if not config.teacher_url:
+        return None
+    client = ChatClient(
+        config.teacher_url,
+        config.teacher_model,
+        key,
+        timeout_s=config.teacher_timeout_s,
+        patience_s=config.teacher_patience_s,
+        requests_per_minute=config.teacher_requests_per_minute,
+    )
+    parts = media_parts(config.teacher_media, frames)
+    return EndpointTeacher(client, parts, max_tokens=config.teacher_max_tokens, temperature=config.teacher_temperature)
 
 
 def choose(answers: Iterable[TeacherAnswer]) -> dict[str, TeacherAnswer]:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dppo_mcore.config import PracticeConfig
 from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
-from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, choose, collect, vote
+from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, choose, collect, make_teacher, vote
 from dppo_mcore.practice.teacher_client import ChatClient, TeacherDownError, TeacherRefusedError
 from dppo_mcore.practice.teacher_media import media_parts, thin
 from dppo_mcore.rewards import score
@@ -306,6 +307,18 @@ def test_from_a_file(ledger: Ledger, tmp_path: Path) -> None:
     path.write_text('{"id": "s0"}\n')
     with pytest.raises(ValueError, match="teacher_file .*:1: a row is"):
         FileTeacher(str(path))
+
+
+def test_the_configured_teacher(tmp_path: Path) -> None:
+    assert make_teacher(PracticeConfig(), lambda _: []) is None
+    path = tmp_path / "answers.jsonl"
+    path.write_text("")
+    assert isinstance(make_teacher(PracticeConfig(teacher_file=str(path)), lambda _: []), FileTeacher)
+    config = PracticeConfig(teacher_url="http://127.0.0.1:9/v1", teacher_model="big", teacher_patience_s=0.0)
+    asked = make_teacher(config, lambda _: [], "secret")
+    assert isinstance(asked, EndpointTeacher) and asked.model == "big"
+    with pytest.raises(TeacherDownError):
+        asked.answer(sample(), 0, 0)
 
 
 def test_vote() -> None:
