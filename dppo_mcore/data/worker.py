@@ -8,6 +8,7 @@ It ends when its input does, so a killed trainer leaves none behind.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from typing import IO
@@ -65,6 +66,7 @@ def _work(processor: Processor, task: Task) -> tuple[Answer, list[Tensor]]:
 
 def main() -> None:
     """Keep the real output to ourselves: a library that prints must not break the protocol."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     torch.set_num_threads(1)
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -105,3 +105,18 @@ def test_cover_pictures_are_not_clips(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(path, format="PNG")
     with pytest.raises(MediaError, match="an image"):
         probe(str(path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("codec", "shape"), itertools.product(CODECS, SHAPES))
+def test_nvdec_shows_the_planned_frames(codec: str, shape: str, tmp_path: Path) -> None:
+    """The whole chain on a GPU: whoever takes the clip, its frames are the planned ones, close to the CPU's."""
+    path = clip(tmp_path, codec, shape)
+    plan = plan_media(Media("video", str(path)), DataConfig(fps=2, min_pixels=784), None, Geometry())
+    decoder = make_decoder("auto", torch.device("cuda", 0))
+    frames_TCHW = decoder(plan)
+    reference_TCHW = PyAvDecoder().decode(plan.path, plan.indices, plan.size, plan.rotation)
+    print(codec, shape, dict(decoder.counts), (frames_TCHW.int() - reference_TCHW.int()).abs().float().mean().item())
+    if shape == "rotated":
+        frames_TCHW = torch.rot90(frames_TCHW, -1, dims=(-2, -1))
+    assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == list(plan.indices)
