@@ -122,6 +122,10 @@ class WeightReceiver(Protocol):
         """Form the process group of trainer leader (rank 0) and engine ranks; returns the leader's group."""
         ...
 
+    def leave_group(self) -> None:
+        """Dissolve the engine's side of it."""
+        ...
+
     def load_broadcast(self, metas: Sequence[TensorMeta], send: Callable[[], None]) -> None:
         """Receive one flat broadcast; `send` performs the leader's half once the engine listens."""
         ...

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.base import EngineError
-from dppo_mcore.types import Prompt
+from dppo_mcore.types import FramePlan, Prompt, PromptMedia, Sample
 
 if TYPE_CHECKING:
     from dppo_mcore.model.config import QwenConfig
@@ -119,3 +119,16 @@ def _by_kind(prompt: Prompt, tensors: dict[str, Tensor]) -> list[str]:
         if kind == "video":
             tensors["video.seconds"] = torch.tensor([float(plan.seconds_per_grid or 0.0) for plan in plans])
     return kinds
+
+
+def probe_clip(qwen: QwenConfig) -> tuple[Prompt, tuple[int, ...]]:
+    """A clip of eight unlike frames between a few text tokens, and an answer to score after it."""
+    grid, seconds = (4, 8, 8), 1.0
+    merged = grid[0] * grid[1] * grid[2] // qwen.vision.merge_unit
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(grid[0] * grid[1] * grid[2], qwen.vision.patch_values, generator=generator)
+    frames = tuple(range(2 * grid[0]))
+    size = (grid[1] * qwen.vision.patch_size, grid[2] * qwen.vision.patch_size)
+    plan = FramePlan("probe", "video", frames, tuple(map(float, frames)), size, grid, seconds)
+    ids = (1, 2, qwen.vision_start_token_id, *[qwen.video_token_id] * merged, qwen.vision_end_token_id, 3, 4)
+    return Prompt(Sample("probe", "exact", ()), ids, (PromptMedia(plan, patches),)), tuple(range(5, 21))

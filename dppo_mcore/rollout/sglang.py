@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
 from dppo_mcore.rollout.http import HttpClient, HttpReceiver
-from dppo_mcore.rollout.media import share_embeddings, share_patches
+from dppo_mcore.rollout.media import positions, probe_clip, share_embeddings, share_patches
 from dppo_mcore.rollout.server import EngineClient, ServerEngine
 from dppo_mcore.rollout.sglang_options import engine_options, environment, sampling_params
 from dppo_mcore.rollout.sidecar_client import EngineDied, SidecarClient
 from dppo_mcore.runtime import device
-from dppo_mcore.types import Prompt
+from dppo_mcore.types import Prompt, Rollout
 
 GREEDY = 0.0
+VISION_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 class SglangEngine(ServerEngine):
@@ -33,9 +34,47 @@ class SglangEngine(ServerEngine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.sends_embeddings = self.config.rollout.engine_vision == "embeddings"
+        self._vision_checked = False
         self.receiver = SidecarReceiver(self)
         if self.config.rollout.rollout_url:
             self.receiver = HttpReceiver(self._http)
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Rollout]:
+        """As any server engine; an engine with its own tower is checked before the first media go out."""
+        if not self.sends_embeddings and not self._vision_checked and any(r.prompt.media for r in requests):
+            self.check_vision()
+        yield from super().generate(requests, sampling)
+
+    def check_vision(self) -> None:
+        """Score a probe clip twice, with the trainer's embeddings and with patches; refuse an engine that differs.
+
+        Both go through the engine's own language model, so a difference is its tower's or its positions'.
+        """
+        probe, answer = probe_clip(self.qwen)
+        embeddings_MH = self.encoder.embeddings(probe)
+
+        def difference() -> float:
+            client = self.client
+            assert isinstance(client, SidecarEngineClient) and embeddings_MH is not None
+            unit = self.qwen.vision.merge_unit
+            rows = []
+            for shared in (
+                SharedMedia(*share_embeddings(probe, embeddings_MH, positions(probe, self.qwen), unit)),
+                SharedMedia(*share_patches(probe)),
+            ):
+                rows.append(client.score(probe, answer, shared))
+                shared.close()
+            return max(abs(left - right) for left, right in zip(*rows, strict=True))
+
+        worst = self._on_leader(difference)
+        limit = VISION_TOLERANCE[self.config.model.dtype]
+        if not worst <= limit:
+            raise EngineError(
+                f"engine_vision: own is refused: on a probe clip the engine's own tower moves log-probs by "
+                f"{worst:.4f} (limit {limit:g}); SGLang lets a clip's frames attend to each other, Qwen2.5-VL doesn't. "
+                "Use --engine-vision embeddings"
+            )
+        self._vision_checked = True
 
     def _http(self) -> HttpClient:
         assert isinstance(self.client, HttpClient)

@@ -253,7 +253,7 @@ def _media_items(input_ids: list[int], media: dict[str, Any]) -> tuple[list[Any]
         }
         if f"{kind}.embeddings" in tensors:
             item["precomputed_embeddings"] = tensors[f"{kind}.embeddings"]
-            item["mrope_positions"] = tensors["positions"].unsqueeze(1)
+            item["mrope_positions"] = _continued(tensors["positions"], len(input_ids)).unsqueeze(1)
             item["mrope_position_delta"] = tensors["delta"].view(1, 1)
         else:
             name = "pixel_values" if kind == "image" else "pixel_values_videos"
@@ -262,6 +262,15 @@ def _media_items(input_ids: list[int], media: dict[str, Any]) -> tuple[list[Any]
             item["second_per_grid_ts"] = tensors["video.seconds"]
         items[kind] = [item]
     return items["image"], items["video"]
+
+
+def _continued(positions_3L: Any, length: int) -> Any:
+    """Positions of the prompt carried on over the answer's tokens that follow it, int64 [3, length]."""
+    import torch
+
+    more = length - positions_3L.shape[1]
+    after = torch.arange(more) + positions_3L.max() + 1
+    return torch.cat([positions_3L, after.expand(3, more)], dim=1)
 
 
 def _end_with(parent: int) -> None:

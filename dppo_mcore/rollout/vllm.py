@@ -178,6 +178,9 @@ class VllmReceiver:
         """vLLM's group isn't one of torch's."""
         raise EngineError("weight_transport: vLLM's own NCCL group is not supported; use ipc or disk")
 
+    def leave_group(self) -> None:
+        """There is none."""
+
     def load_broadcast(self, metas: Sequence[TensorMeta], send: Callable[[], None]) -> None:
         """See `join_group`."""
         self.join_group("", 0, "")

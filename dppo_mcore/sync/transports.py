@@ -87,9 +87,14 @@ class DistributedTransport:
         """The group stays."""
 
     def stop(self) -> None:
-        """Leave the group."""
-        weight_group.leave(self._group)
-        self._group = None
+        """Leave the group, on both sides as far as the engine still lives."""
+        if self._group is not None:
+            try:
+                self._receiver.leave_group()
+            except (OSError, ValueError):
+                pass  # an engine that is gone has left
+            weight_group.leave(self._group)
+            self._group = None
 
 
 class DiskTransport:

@@ -1,0 +1,246 @@
+"""A server that is killed, stopped, slow or refusing costs time, never an answer; a dead trainer leaves no server."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dppo_mcore.config import ParallelConfig
+from dppo_mcore.learn import state
+from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, make_engine
+from dppo_mcore.runtime import parallel
+from dppo_mcore.sync.push import attach
+from tests.rollout import cases
+from tests.support.sglang_server import SHIMS
+
+pytestmark = pytest.mark.sglang
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = Sampling(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_dir: str, sglang_python: str, tmp_path_factory: Any) -> Iterator[Any]:
+    """An engine over the tiny checkpoint, on a world of one rank, its weights pushed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SHIMS))
+        parallel.start(ParallelConfig(), seed=0)
+        config = cases.config(tiny_dir, str(tmp_path_factory.mktemp("run")), sglang_python)
+        learner = state.build(config)
+        made = make_engine(config, learner.qwen, learner.models, cases.Spelling())
+        made.start()
+        sync = attach(learner.models, made, learner.qwen, config)
+        assert sync is not None
+        sync.push(1)
+        yield made
+        made.stop()
+        parallel.stop()
+
+
+def processes(engine: Any) -> list[int]:
+    """The sidecar and the engine's own processes."""
+    ping = engine.client.sidecar.call("ping")
+    return [ping["pid"], *ping["children"]]
+
+
+def requests(engine: Any, count: int, n: int) -> list[GenerationRequest]:
+    """Groups over mixed prompts."""
+    prompts = cases.mixed(engine.qwen)
+    return [GenerationRequest(f"{i}-{prompts[i % 32].sample.id}", prompts[i % 32], n, seed=i) for i in range(count)]
+
+
+def counted(engine: Any, asked: list[GenerationRequest]) -> Counter[tuple[str, int]]:
+    """How often each answer came."""
+    return Counter((rollout.sample_id, rollout.index) for rollout in engine.generate(asked, SAMPLING))
+
+
+def test_a_killed_worker_costs_no_answer(engine: Any) -> None:
+    """SIGKILL to a scheduler in mid-batch: restarted with the same weights, every answer once."""
+    asked = requests(engine, 24, 4)
+    victim = processes(engine)[1]
+    seen: Counter[tuple[str, int]] = Counter()
+    versions = set()
+    for rollout in engine.generate(asked, SAMPLING):
+        seen[rollout.sample_id, rollout.index] += 1
+        versions |= {piece[0] for piece in rollout.weight_versions}
+        if sum(seen.values()) == 3:
+            os.kill(victim, signal.SIGKILL)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 96
+    assert versions == {1}
+    assert engine.restarts >= 1
+    assert not os.path.exists(f"/proc/{victim}") or victim not in processes(engine)
+
+
+def test_a_request_the_engine_refuses_is_one_clear_error(engine: Any) -> None:
+    """It names the sample; the engine stays well."""
+    too_long = replace(SAMPLING, max_tokens=-5)
+    with pytest.raises(EngineError, match="sample 0-mixed-0"):
+        list(engine.generate(requests(engine, 1, 1), too_long))
+    assert engine.health()
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
+def test_stopping_early_leaves_nothing_running(engine: Any) -> None:
+    """A caller that walks away: requests end, the next batch is whole."""
+    walk = engine.generate(requests(engine, 16, 4), replace(SAMPLING, max_tokens=200))
+    next(walk)
+    walk.close()
+    assert sum(counted(engine, requests(engine, 4, 2)).values()) == 8
+
+
+def test_over_sampling_keeps_the_first(engine: Any) -> None:
+    """Ask for more, abort once enough are there: all come back, the rest marked."""
+    finished = aborted = 0
+    for rollout in engine.generate(requests(engine, 8, 6), replace(SAMPLING, max_tokens=300)):
+        if rollout.finish_reason == "abort":
+            aborted += 1
+        else:
+            finished += 1
+        if finished == 8:
+            engine.abort()
+    assert finished + aborted == 48
+
+
+def test_the_server_ends_with_its_trainer(tiny_dir: str, sglang_python: str, tmp_path: Path) -> None:
+    """SIGKILL to the trainer: sidecar and workers are gone within 10 seconds."""
+    script = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+from pathlib import Path
+from dppo_mcore.rollout.sglang_options import engine_options, environment
+from dppo_mcore.rollout.sidecar_client import SidecarClient
+from tests.rollout import cases
+config = cases.config({tiny_dir!r}, {str(tmp_path)!r})
+variables = environment("cpu", 1) | {{"PYTHONPATH": {str(SHIMS)!r}}}
+client = SidecarClient({sglang_python!r}, engine_options(config, "cpu", 1), Path({str(tmp_path / "log")!r}), variables)
+ping = client.call("ping")
+print(ping["pid"], *ping["children"], flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert trainer.stdout is not None
+    pids = [int(word) for word in trainer.stdout.readline().split()]
+    assert len(pids) >= 3
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(running(pid) for pid in pids):
+        time.sleep(0.1)
+    assert not [pid for pid in pids if running(pid)]
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_own_vision_is_refused_with_its_reason(
+    tiny_dir: str, sglang_environment: str, tmp_path: Path, single_rank: None
+) -> None:
+    """SGLang 0.5.23's tower differs on clips; the check before the first rollout says so."""
+    config = cases.config(tiny_dir, str(tmp_path), sglang_environment, engine_vision="own")
+    learner = state.build(config)
+    own = make_engine(config, learner.qwen, learner.models, cases.Spelling())
+    own.start()
+    try:
+        clip = cases.videos(learner.qwen)[9]
+        with pytest.raises(EngineError, match=r"engine_vision: own is refused.*frames attend to each other"):
+            list(own.generate([GenerationRequest("clip", clip, 1)], SAMPLING))
+    finally:
+        own.stop()
+
+
+def use(engine: Any) -> tuple[int, int, int]:
+    """Descriptors, resident KiB of the trainer and of the sidecar with its workers, and entries of /dev/shm."""
+    pids = [os.getpid(), *processes(engine)]
+    descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+    resident = sum(
+        int(line.split()[1])
+        for pid in pids
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
+    return descriptors, resident, len(os.listdir("/dev/shm"))
+
+
+@pytest.mark.slow
+def test_nothing_grows_over_2000_rollouts(engine: Any) -> None:
+    """From 500 to 2000 no growth beyond 5%."""
+    for _ in range(5):
+        assert sum(counted(engine, requests(engine, 25, 4)).values()) == 100
+    early = use(engine)
+    for _ in range(15):
+        assert sum(counted(engine, requests(engine, 25, 4)).values()) == 100
+    late = use(engine)
+    assert all(after <= before * 1.05 + 2 for before, after in zip(early, late, strict=True)), (early, late)
+
+
+class Trouble(threading.Thread):
+    """Does something bad to the engine every now and then until told to stop."""
+
+    def __init__(self, engine: Any, seed: int, kills: int, nuisances: int) -> None:
+        super().__init__(daemon=True)
+        self.engine, self.dice = engine, random.Random(seed)
+        self.kills, self.nuisances = kills, nuisances
+        self.done: Counter[str] = Counter()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Kill, stop for a while, or make an answer fail."""
+        while not self.over.wait(self.dice.uniform(0.2, 1.0)):
+            try:
+                pids = processes(self.engine)
+            except Exception:
+                continue
+            kind = self.dice.choice(["kill", "stop", "refuse"])
+            try:
+                if kind == "kill" and self.done["kill"] < self.kills:
+                    os.kill(self.dice.choice(pids), signal.SIGKILL)
+                elif kind == "stop" and self.nuisances > self.done["stop"] + self.done["refuse"]:
+                    pid = self.dice.choice(pids[1:])
+                    os.kill(pid, signal.SIGSTOP)
+                    time.sleep(self.dice.uniform(0.1, 2.0))
+                    os.kill(pid, signal.SIGCONT)
+                elif kind == "refuse" and self.nuisances > self.done["stop"] + self.done["refuse"]:
+                    self.engine.client.sidecar.call("abort", rid=None)
+                else:
+                    continue
+            except Exception:
+                continue
+            self.done[kind] += 1
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("seed", range(10))
+def test_runs_of_400_rollouts_survive_kills_and_stops(engine: Any, seed: int) -> None:
+    """3 kills and 7 stops or aborts a run, ten runs: every prompt ends with exactly n answers."""
+    engine.config = replace(
+        engine.config, rollout=replace(engine.config.rollout, rollout_timeout_s=30.0, rollout_retries=8)
+    )
+    trouble = Trouble(engine, seed, kills=3, nuisances=7)
+    trouble.start()
+    seen: Counter[tuple[str, int]] = Counter()
+    asked = requests(engine, 100, 4)
+    for start in range(0, 100, 10):
+        seen += counted(engine, asked[start : start + 10])
+        while trouble.done["kill"] < min(3, 1 + start // 30) and trouble.is_alive():
+            time.sleep(0.2)
+    trouble.over.set()
+    trouble.join()
+    assert len(seen) == 400 and set(seen.values()) == {1}
+    assert trouble.done["kill"] == 3
