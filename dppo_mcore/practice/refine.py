@@ -47,8 +47,9 @@ def refine(
     kept = [answer for answer in ledger.teacher_answers(weakness) if answer.kept]
     others = (sample for name, sample in pool.items() if name not in practised)
     related = retrieve(weak_samples, others, neighbours=config.retrieval_neighbours, model=config.retrieval_model)
+    usable = weak_candidates(kept, template, count_tokens)
     candidates = [
-        *weak_candidates(kept, template, count_tokens),
+        *usable,
         *retrieved_candidates(related, ledger, template, count_tokens),
         *general_candidates(general, template, count_tokens, seed=seed),
     ]
@@ -58,12 +59,16 @@ def refine(
     numbers = {
         "weak_samples": len(weak_samples),
         "taught": len(kept),
+        "without_reasoning": len(kept) - len(usable),
         "retrieved": len(related),
         "tokens": corpus.tokens,
         "available": corpus.available,
         "shares": corpus.shares(),
     }
+    summary = corpus.summary()
+    if len(usable) < len(kept):
+        summary += f"; {len(kept) - len(usable)} teacher answers without any reasoning left out"
     with ledger.transaction():
         ledger.record_corpus(sft, corpus.items)
-        ledger.decide(sft, 0, "corpus", numbers, corpus.summary())
+        ledger.decide(sft, 0, "corpus", numbers, summary)
     return corpus

@@ -160,7 +160,8 @@ def test_refine_from_end_to_end_and_once(ledger: Ledger) -> None:
     ledger.add_samples(general, "general")
     for i in range(10):
         ledger.record_rollouts("1-2 weakness", 0, rolled(f"s{i}", 0))
-        answer = TeacherAnswer(f"s{i}", 0, 0, "big", "I see three. \\boxed{3}", 0.9, True, i != 9, None, 9)
+        text = "<answer>3</answer>" if i == 8 else "I see three. \\boxed{3}"
+        answer = TeacherAnswer(f"s{i}", 0, 0, "big", text, 0.9, True, i != 9, None, 9)
         ledger.record_teacher("1-2 weakness", [answer])
     ledger.record_rollouts("1-1 buffer", 0, rolled("s15", 4))
     arguments = {
@@ -170,7 +171,7 @@ def test_refine_from_end_to_end_and_once(ledger: Ledger) -> None:
     }  # fmt: skip
     corpus = refine(ledger, **arguments)
     by_source = {s: [i for i in corpus.items if i.source == s] for s in ("weak", "retrieved", "general")}
-    assert len(by_source["weak"]) == 9
+    assert len(by_source["weak"]) == 8
     assert all(format_reward(i.answer) == 1 and "verified by the rule reward" in i.why for i in by_source["weak"])
     retrieved = {i.sample_id: i for i in by_source["retrieved"]}
     assert retrieved and not set(retrieved) & {f"s{i}" for i in range(12)}
@@ -178,6 +179,7 @@ def test_refine_from_end_to_end_and_once(ledger: Ledger) -> None:
         assert "own rollout of 1-1 buffer, step 0" in retrieved["s15"].why
     decision = ledger.decisions("corpus")[0]
     assert decision.numbers["weak_samples"] == 10 and decision.numbers["taught"] == 9
+    assert decision.numbers["without_reasoning"] == 1 and "1 teacher answers without" in decision.reason
     again = refine(ledger, **{**arguments, "seed": 99})
     assert again.items == corpus.items
 
