@@ -6,12 +6,14 @@ the manifest; later openings map that index and read rows on demand.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -134,17 +136,38 @@ def _load_index(path: Path, root: str) -> Path:
         Path(tempfile.gettempdir()) / f"dppo-index-{os.getuid()}-{key}",
     ]
     for folder in places:
-        header = folder / "header.json"
-        if header.is_file() and json.loads(header.read_text())["stamp"] == _stamp(path, root):
-            return folder
-    stamp = _stamp(path, root)
-    arrays, names, refused = _scan(path, root)
-    for folder in places:
         try:
-            return _write_index(folder, arrays, {"stamp": stamp, "names": names, "refused": refused})
+            with _locked(folder):
+                return folder if _fits(folder, path, root) else _build_index(folder, path, root)
         except OSError as error:
             failure = error
     raise DataError(f"{path}: its index can be written neither beside it nor in the temporary folder ({failure})")
+
+
+def _fits(folder: Path, path: Path, root: str) -> bool:
+    header = folder / "header.json"
+    return header.is_file() and json.loads(header.read_text())["stamp"] == _stamp(path, root)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Of many ranks that start together one indexes and the others wait for it. A complete index needs no lock."""
+    try:
+        lock = open(folder.with_name(folder.name + ".lock"), "w")  # noqa: SIM115
+    except OSError:
+        if folder.is_dir():
+            yield
+            return
+        raise
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build_index(folder: Path, path: Path, root: str) -> Path:
+    stamp = _stamp(path, root)
+    arrays, names, refused = _scan(path, root)
+    return _write_index(folder, arrays, {"stamp": stamp, "names": names, "refused": refused})
 
 
 def _write_index(folder: Path, arrays: dict[str, np.ndarray], header: dict[str, Any]) -> Path:

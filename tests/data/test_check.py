@@ -1,0 +1,48 @@
+"""The report on a manifest: counts, durations, duplicates, leaks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dppo_mcore.data.check import check_manifest
+from dppo_mcore.data.manifest import Manifest, read_manifest
+from tests.data.clips import write_clip
+
+
+def manifest(folder: Path, name: str, rows: list[tuple[str, str, str]]) -> Manifest:
+    """Rows of (id, clip, question)."""
+    path = folder / name
+    path.write_text(
+        "".join(
+            json.dumps({"id": i, "dimension": "Temporal & Sequential", "video": clip, "gold": "yes",
+                        "messages": [{"role": "user", "content": f"<video>{question}"}]}) + "\n"
+            for i, clip, question in rows
+        )
+    )  # fmt: skip
+    return read_manifest(path)
+
+
+def test_report(tmp_path: Path) -> None:
+    """A copy of a clip under another name is the same clip."""
+    write_clip(tmp_path / "a.mp4", frames=40)
+    write_clip(tmp_path / "b.mp4", frames=16)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "copy.mp4")
+    pool = manifest(
+        tmp_path, "pool.jsonl",
+        [("1", "a.mp4", "Done?"), ("2", "copy.mp4", "done? "), ("3", "b.mp4", "Where?"), ("4", "a.mp4", "When?")],
+    )  # fmt: skip
+    evaluation = manifest(tmp_path, "eval.jsonl", [("e1", "a.mp4", "When?"), ("e2", "gone.mp4", "What?")])
+    report = check_manifest(pool, [evaluation])
+    assert report.objectives == {"success": 4} and report.dimensions == {"Temporal & Sequential": 4}
+    assert report.media == {"video": 4} and report.durations == {"up to 4 s": 1, "up to 8 s": 2}
+    assert report.seconds == pytest.approx(12.0) and report.duplicates == [("2", "1")]
+    assert [(leak.sample_id, leak.other_id, leak.why) for leak in report.leaks] == [
+        ("1", "e1", "same media"), ("2", "e1", "same media"), ("4", "e1", "same media and question")
+    ]  # fmt: skip
+    assert not report.ok() and not report.damaged
+    broken = check_manifest(evaluation, depth="rows")
+    assert broken.ok() and not check_manifest(evaluation).ok()
