@@ -78,6 +78,10 @@ class AdamW:
         )
         chained: list[DistributedOptimizer] = list(getattr(self.inner, "chained_optimizers", [self.inner]))
         self.shards = [shard for shard in chained if shard.optimizer is not None]
+        for shard in self.shards:
+            if isinstance(shard.optimizer, torch.optim.AdamW):
+                for group in shard.optimizer.param_groups:
+                    group["fused"] = True
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> tuple[float, bool]:
@@ -114,7 +118,7 @@ class AdamW:
                     for name in ("exp_avg", "exp_avg_sq"):
                         entry.setdefault(name, torch.zeros_like(parameter))
                     if counted_per_parameter:
-                        entry.setdefault("step", torch.zeros((), dtype=torch.float32))
+                        entry.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
 
     def reload_model_params(self) -> None:
         """Take fp32 main weights from the model again."""

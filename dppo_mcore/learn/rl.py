@@ -75,20 +75,31 @@ def rl_step(state: Learner, groups: Sequence[Group]) -> RlResult:
 
 
 def pack(state: Learner, groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> list[PackedBatch]:
-    """Micro-batches of these groups with their `advantages` and `rollout_logprobs` columns."""
+    """Micro-batches of these groups with their `advantages` and `rollout_logprobs` columns.
+
+    An answer without tokens (aborted before its first) has nothing to learn and is left out.
+    """
     data = state.config.data
+    rows = [
+        [
+            (answer.rollout, value)
+            for answer, value in zip(group.answers, values, strict=True)
+            if answer.rollout.token_ids
+        ]
+        for group, values in zip(groups, advantages, strict=True)
+    ]
     return pack_groups(
         [group.prompt for group in groups],
-        [[answer.rollout.token_ids for answer in group.answers] for group in groups],
+        [[rollout.token_ids for rollout, _ in row] for row in rows],
         {
-            "advantages": advantages,
-            "rollout_logprobs": [[answer.rollout.logprobs for answer in group.answers] for group in groups],
+            "advantages": [[value for _, value in row] for row in rows],
+            "rollout_logprobs": [[rollout.logprobs for rollout, _ in row] for row in rows],
         },
         state.qwen,
         data.max_tokens_per_micro_batch,
         data.share_prompts,
         state.pad_multiple,
-        indices=[[answer.rollout.index for answer in group.answers] for group in groups],
+        indices=[[rollout.index for rollout, _ in row] for row in rows],
         max_groups=data.micro_batch_size,
     )
 
