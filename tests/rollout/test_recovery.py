@@ -22,7 +22,7 @@ from dppo_mcore.learn import state
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, make_engine
 from dppo_mcore.runtime import parallel
 from dppo_mcore.sync.push import attach
-from tests.rollout import cases
+from tests.rollout import cases, protocol
 from tests.support.sglang_server import SHIMS
 
 pytestmark = pytest.mark.sglang
@@ -63,6 +63,11 @@ def requests(engine: Any, count: int, n: int) -> list[GenerationRequest]:
 def counted(engine: Any, asked: list[GenerationRequest]) -> Counter[tuple[str, int]]:
     """How often each answer came."""
     return Counter((rollout.sample_id, rollout.index) for rollout in engine.generate(asked, SAMPLING))
+
+
+def test_the_protocol(engine: Any) -> None:
+    """As for every engine."""
+    protocol.check_protocol(engine, 592)
 
 
 def test_a_killed_worker_costs_no_answer(engine: Any) -> None:
@@ -121,7 +126,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
 from pathlib import Path
 from dppo_mcore.rollout.sglang_options import engine_options, environment
 from dppo_mcore.rollout.sidecar_client import SidecarClient
-from tests.rollout import cases
+from tests.rollout import cases, protocol
 config = cases.config({tiny_dir!r}, {str(tmp_path)!r})
 variables = environment("cpu", 1) | {{"PYTHONPATH": {str(SHIMS)!r}}}
 client = SidecarClient({sglang_python!r}, engine_options(config, "cpu", 1), Path({str(tmp_path / "log")!r}), variables)

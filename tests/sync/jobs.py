@@ -185,7 +185,7 @@ def carry_on(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Abort a generation after its first answers, push other weights, carry the rest on under them."""
     engine = KEPT["engine"]
     first_version = KEPT["version"]
-    sampling = Sampling(temperature=1.0, max_tokens=160, banned_token_ids=banned_ids(KEPT["learner"].qwen))
+    sampling = Sampling(temperature=1.0, max_tokens=160)
     finished: list[Rollout] = []
     aborted: list[Rollout] = []
     for rollout in engine.generate(
@@ -194,9 +194,7 @@ def carry_on(prompts: Sequence[Prompt]) -> dict[str, Any]:
     ):
         (aborted if rollout.finish_reason == "abort" else finished).append(rollout)
         engine.abort()
-    if not aborted:
-        aborted = [replace(r, finish_reason="abort") for r in finished]
-        aborted = [_shorter(r, 5) for r in aborted]
+    aborted = [_shorter(r, min(40, len(_before_media(r).token_ids))) for r in aborted or finished]
     disturb(9)
     push("ipc")
     by_name = {p.sample.id: p for p in prompts}
@@ -207,7 +205,7 @@ def carry_on(prompts: Sequence[Prompt]) -> dict[str, Any]:
     after = {(r.sample_id, r.index): r for r in engine.generate(requests, replace(sampling, max_tokens=longest + 8))}
     results = []
     for before in aborted:
-        whole = after[before.sample_id, before.index]
+        whole = _before_media(after[before.sample_id, before.index])
         expected = trainer_logprobs([by_name[before.sample_id]], [whole.token_ids])[0]
         start = len(before.token_ids)
         errors = [abs(a - b) for a, b in zip(whole.logprobs[start:], expected[start:], strict=True)]
@@ -216,12 +214,14 @@ def carry_on(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _shorter(rollout: Rollout, count: int) -> Rollout:
-    version = rollout.weight_versions[0][0]
+    """Its first tokens, as if it had been aborted there."""
+    version = rollout.weight_versions[0][0] if rollout.weight_versions else 0
     return replace(
         rollout,
         token_ids=rollout.token_ids[:count],
         logprobs=rollout.logprobs[:count],
-        weight_versions=((version, 0, count),),
+        weight_versions=((version, 0, count),) if count else (),
+        finish_reason="abort",
     )
 
 

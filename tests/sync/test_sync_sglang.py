@@ -107,7 +107,8 @@ def test_an_aborted_answer_is_carried_on(ranks: RankPool, tiny_dir: str) -> None
     assert result["aborted"], "nothing was left unfinished to carry on"
     for before, after, error in result["aborted"]:
         assert after.token_ids[: len(before.token_ids)] == before.token_ids
-        assert [piece[0] for piece in after.weight_versions] == result["versions"][-len(after.weight_versions) :]
+        if before.token_ids:
+            assert [piece[0] for piece in after.weight_versions] == result["versions"]
         assert error <= 1e-5
 
 
