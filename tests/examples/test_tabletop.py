@@ -1,0 +1,145 @@
+"""The tabletop: answers right by the product's rewards, splits disjoint, files real, the tokenizer whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dppo_mcore.data.manifest import read_manifest
+from dppo_mcore.rewards.scoring import Rubric, score
+from examples.tabletop.make_base import make_base
+from examples.tabletop.make_world import WITHHELD, WorldOptions, make_world
+from examples.tabletop.questions import GENERAL_KINDS, KINDS, VOCABULARY, ask
+from examples.tabletop.render import PIXELS, render
+from examples.tabletop.scene import BOX, CUT, LEVELS, SPLIT_SHARES, make_scene, scenes, split_of
+
+OPTIONS = WorldOptions(clips_base=40, clips_pool=45, clips_eval=20, general=60, general_eval=20)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tabletop")
+    make_world(out, OPTIONS, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def rows(world: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_teacher_is_right_about_everything(world: Path) -> None:
+    answers = {row["id"]: row["answer"] for row in rows(world, "teacher")}
+    pool = read_manifest(world / "pool.jsonl", "")
+    assert len(answers) == len(pool) == 135
+    for sample in pool:
+        result = score(sample, answers[sample.id], Rubric())
+        assert result.reward == 1 and result.success, (sample.id, answers[sample.id], result)
+
+
+def test_another_question_s_answer_is_rarely_right(world: Path) -> None:
+    pool = list(read_manifest(world / "pool.jsonl", ""))
+    answers = {row["id"]: row["answer"] for row in rows(world, "teacher")}
+    plans = [sample for sample in pool if sample.objective == "planning"]
+    wrong = [score(a, answers[b.id], Rubric()).success for a in plans for b in plans if a.gold != b.gold]
+    assert wrong and np.mean(wrong) < 0.2
+    assert not any(score(s, "<think>red</think><answer>unsure</answer>", Rubric()).success for s in pool)
+
+
+def test_nine_dimensions_six_objectives_and_all_levels(world: Path) -> None:
+    pool = rows(world, "pool")
+    assert {row["dimension"] for row in pool} == {kind.dimension for kind in KINDS.values()} and len(KINDS) == 9
+    assert len({row["objective"] for row in pool}) == 6
+    assert {row["extras"]["level"] for row in rows(world, "base")} >= {"trivial", "normal", "hard"}
+
+
+def test_no_configuration_is_in_two_splits() -> None:
+    by_split = {
+        split: {scene.signature() for scene in scenes(split, 60, seed, (32.0,), dict.fromkeys(LEVELS, 1.0))}
+        for seed, split in enumerate(SPLIT_SHARES)
+    }
+    assert all(len(found) == 60 for found in by_split.values())
+    assert not by_split["base"] & by_split["pool"] and not by_split["base"] & by_split["eval"]
+    assert not by_split["pool"] & by_split["eval"]
+    scene = make_scene(np.random.default_rng(1), 32.0)
+    assert split_of(scene) == split_of(scene)
+
+
+def test_general_questions_held_out_are_not_replayed(world: Path) -> None:
+    texts = [{row["messages"][0]["content"] for row in rows(world, name)} for name in ("general", "eval_general")]
+    assert texts[0] and texts[1] and not texts[0] & texts[1]
+
+
+def test_the_base_is_inconsistent_and_never_plans(world: Path) -> None:
+    answers = [turn["content"] for row in rows(world, "base") for turn in row["messages"] if turn["role"] == "assistant"
+               and not row["id"].startswith("base-general")]  # fmt: skip
+    rejected = np.mean(["unsure" in answer for answer in answers])
+    bare = np.mean(["<" not in answer for answer in answers])
+    assert 0.35 < rejected < 0.65 and 0.05 < bare < 0.3
+    asked = [turn["content"] for row in rows(world, "base") for turn in row["messages"] if turn["role"] == "user"]
+    assert not any(text.endswith("list all moves in order ?") for text in asked) and WITHHELD == "plan"
+
+
+def test_files_are_real_clips_of_both_codecs_and_lengths(world: Path) -> None:
+    found = set()
+    for path in sorted((world / "clips" / "pool").iterdir()):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            frames = sum(1 for _ in container.decode(stream))
+            found.add((stream.codec_context.name, frames))
+            assert (stream.width, stream.height) == (PIXELS, PIXELS) and stream.average_rate == 2
+    assert {name for name, _ in found} == {"h264", "libvpx-vp9"} or {name for name, _ in found} == {"h264", "vp9"}
+    assert {frames for _, frames in found} == {64, 128}
+
+
+def test_the_picture_shows_what_the_answers_say() -> None:
+    rng = np.random.default_rng(5)
+    scene = make_scene(rng, 32.0, "trivial")
+    last = render(scene, 2)[-1]
+    for colour, (x, y) in zip(scene.colours, scene.blocks_at(32.0), strict=True):
+        centre = last[int(y * 14) + 3, int(x * 14) + 3].astype(int)
+        wanted = {"red": 0, "green": 1, "blue": 2}.get(colour)
+        assert wanted is None or centre.argmax() == wanted
+    move = scene.moves[-1]
+    assert move.word != BOX and scene.carried(move, 32.0) == pytest.approx(CUT)
+    assert ask(scene, "next", rng).gold == move.word
+
+
+def test_every_word_is_in_the_tokenizer_and_answers_survive_it(world: Path, base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pool = read_manifest(world / "pool.jsonl", "")
+    for row in rows(world, "teacher"):
+        ids = tokenizer.encode(row["answer"], add_special_tokens=False)
+        assert tokenizer.unk_token_id not in ids and len(ids) <= 15
+        assert score(pool.get(row["id"]), tokenizer.decode(ids), Rubric()).reward == 1
+    for row in rows(world, "base"):
+        for turn in row["messages"]:
+            words = tokenizer.encode(turn["content"].removeprefix("<video>"), add_special_tokens=False)
+            assert tokenizer.unk_token_id not in words, turn["content"]
+    assert set(tokenizer.encode(" ".join(VOCABULARY), add_special_tokens=False)).isdisjoint({tokenizer.unk_token_id})
+
+
+def test_the_base_loads_as_a_small_qwen(base: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    assert 0.8e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+    assert len(GENERAL_KINDS) == 2
+
+
+def test_the_same_options_give_the_same_files(world: Path, tmp_path: Path) -> None:
+    make_world(tmp_path, OPTIONS, workers=1)
+    for name in ("base", "pool", "eval", "general", "teacher"):
+        assert (tmp_path / f"{name}.jsonl").read_text() == (world / f"{name}.jsonl").read_text()
+    clip = "clips/pool/00001.mp4"
+    assert (tmp_path / clip).read_bytes() == (world / clip).read_bytes()
