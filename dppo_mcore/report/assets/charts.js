@@ -14,7 +14,7 @@ function frame(svg, width, height, x, y, { xTicks, yTicks, xLabel, format = comp
 function extent(values, floor, ceiling) {
   let low = floor ?? Infinity, high = ceiling ?? -Infinity;
   for (const value of values) { if (value < low) low = value; if (value > high) high = value; }
-  if (!(low < high)) { const pad = Math.abs(low) * .1 || 1; return [floor ?? low - pad, high + pad]; }
+  if (!(low < high)) { const pad = Math.abs(low) * .1 || 1; return [floor ?? (low >= 0 ? 0 : low - pad), high + pad]; }
   const pad = ceiling === undefined || high > ceiling ? (high - low) * .06 : 0;
   return [floor !== undefined && low >= floor ? low : low - (high - low) * .06, high + pad];
 }

@@ -99,10 +99,11 @@ function practice() {
   const colors = DATA.rateClasses.map((_, k) => `var(--r${k})`);
   into.append(lead("Each prompt's group of answers has a success rate. What stays at “never” is what the model can't do yet; what is “always” has nothing left to teach. Reinforcement learning ends when the stagnation score reaches its threshold."));
   const grid = node("div", { cls: "grid two" });
-  for (const entry of DATA.success) {
+  const trained = DATA.success.filter((entry) => DATA.phases.find((phase) => phase.name === entry.phase)?.kind === "rl");
+  for (const entry of trained) {
     if (entry.steps.length > 1) grid.append(shareArea({ title: `${entry.phase}: success rates of groups`, note: `${whole(entry.groups)} groups, share per step`, columns: entry.steps, classes: DATA.rateClasses, colors }));
   }
-  for (const entry of DATA.success) {
+  for (const entry of trained) {
     const series = Object.keys(entry.objective).sort().map((name) => ({ name, color: colorOf(name), points: entry.objective[name] }));
     if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, series, floor: 0, ceiling: 1, format: percent }));
   }
