@@ -9,7 +9,11 @@ one transaction a step. Rates are over the whole of the writing, fsync included.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
+import platform
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +25,7 @@ import numpy as np
 
 from dppo_mcore.practice.difficulty import make_buffer
 from dppo_mcore.practice.ledger import Ledger, PhasePlan
+from dppo_mcore.practice.ledger_schema import file_system
 from dppo_mcore.practice.stagnation import Stagnation
 from dppo_mcore.types import Rollout, Sample, ScoredRollout, Turn
 
@@ -114,6 +119,13 @@ def bench(path: Path, rollouts: int) -> dict[str, Any]:
         ("all answers of one sample", history, ""),
     ]
     return {
+        "environment": {
+            "date": datetime.date.today().isoformat(),
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "cores": os.cpu_count(),
+            "file system": file_system(path),
+        },
         "rows": [{"name": name, "seconds": seconds, "rate": rate} for name, seconds, rate in table],
         "rollouts": count,
         "mebibytes": size,

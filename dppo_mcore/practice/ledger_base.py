@@ -100,7 +100,8 @@ class LedgerBase:
 
     def __init__(self, path: str | Path, *, write: bool = True, file_system: str | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = WriterLock(self.path) if write else None
         try:
             self.connection: sqlite3.Connection = connect(self.path, write=write, kind=file_system)

@@ -63,7 +63,8 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 def pack_logprobs(logprobs: Sequence[float]) -> bytes:
     """Log-probs in 4 bytes each, or 8 where 4 would change a value (a replayed step must see the same numbers)."""
     wide_T = np.asarray(logprobs, dtype="<f8")
-    narrow_T = wide_T.astype("<f4")
+    with np.errstate(over="ignore"):
+        narrow_T = wide_T.astype("<f4")
     return (narrow_T if np.array_equal(narrow_T.astype("<f8"), wide_T) else wide_T).tobytes()
 
 

@@ -134,7 +134,6 @@ def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Conn
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60, isolation_level=None)
         version = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         if is_network(file_system(path) if kind is None else kind):
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dppo_mcore.practice import ledger_schema
 from dppo_mcore.practice.ledger import BufferRow, Ledger, LedgerError, PhasePlan, SftItem, TeacherAnswer
 from dppo_mcore.practice.ledger_export import export
+from dppo_mcore.practice.ledger_rollouts import pack_ids, pack_logprobs, pack_text, unpack_numbers, unpack_text
 from dppo_mcore.types import Media, Rollout, Sample, ScoredRollout, Turn
 
 RL = "1-1 RL"
@@ -73,6 +76,17 @@ def test_rollouts_come_back_exactly(ledger: Ledger) -> None:
     assert [row.scored for row in ledger.all_rollouts(RL)] == [*odd, error]
     assert ledger.recorded(RL, 3) == {(o.rollout.sample_id, o.rollout.index) for o in [*odd, error]}
     assert ledger.rollouts(RL, 4) == {}
+
+
+@given(
+    st.text(alphabet=st.characters(), max_size=400),
+    st.lists(st.integers(-(2**31), 2**31 - 1), max_size=30),
+    st.lists(st.floats(allow_nan=False), max_size=30),
+)
+def test_any_payload_packs_and_unpacks(text: str, ids: list[int], logprobs: list[float]) -> None:
+    assert unpack_text(pack_text(text)) == text
+    assert unpack_numbers(pack_ids(ids), len(ids), {2: "<u2", 4: "<i4"}) == tuple(ids)
+    assert unpack_numbers(pack_logprobs(logprobs), len(logprobs), {4: "<f4", 8: "<f8"}) == tuple(logprobs)
 
 
 def test_writing_again_changes_nothing(ledger: Ledger) -> None:
