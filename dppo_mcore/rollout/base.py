@@ -107,8 +107,11 @@ class WeightReceiver(Protocol):
 
     transports: frozenset[str]
     """Which of ipc, distributed, disk this engine takes."""
-    wants_vision: bool
-    """Whether the engine uses its own vision tower, so that the tower's weights must be sent."""
+
+    @property
+    def wants_vision(self) -> bool:
+        """Whether the engine uses its own vision tower, so that the tower's weights must be sent."""
+        ...
 
     def begin(self, version: int) -> None:
         """Open an update."""

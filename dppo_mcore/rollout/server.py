@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from dppo_mcore.rollout.base import (
     WeightReceiver,
     banned_ids,
 )
+from dppo_mcore.rollout.client import EngineClient
 from dppo_mcore.rollout.jobs import Job, Queue
 from dppo_mcore.rollout.media import Encoder, positions
 from dppo_mcore.rollout.replica import Replica
@@ -41,52 +42,6 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 5.0
 CACHE_BYTES = 4 << 30
 log = get_logger("rollout")
-
-
-class EngineClient(Protocol):
-    """The leader's line to a running server."""
-
-    def submit(
-        self, rid: str, request: GenerationRequest, index: int, sampling: Sampling, media: Any
-    ) -> Future[RawAnswer]:
-        """Ask for one answer; `media` is what `share` returned for its prompt."""
-        ...
-
-    def score(self, prompt: Prompt, answer: Sequence[int], media: Any) -> list[float]:
-        """Log-probs of a given answer."""
-        ...
-
-    def share(self, prompt: Prompt, embeddings_MH: Tensor | None, positions_3L: Tensor) -> Any:
-        """Make a prompt's media reachable for the engine; has a `close`."""
-        ...
-
-    def abort(self, rid: str | None = None) -> None:
-        """End one request, or all."""
-        ...
-
-    def pause(self) -> None:
-        """Hold running requests."""
-        ...
-
-    def resume(self) -> None:
-        """Let them go on."""
-        ...
-
-    def sleep(self, tags: Sequence[str]) -> None:
-        """Release memory."""
-        ...
-
-    def wake(self, tags: Sequence[str]) -> None:
-        """Take it again."""
-        ...
-
-    def alive(self) -> bool:
-        """Whether the server answers."""
-        ...
-
-    def close(self) -> None:
-        """End it, or leave it where it isn't ours."""
-        ...
 
 
 class ServerEngine:
@@ -111,6 +66,7 @@ class ServerEngine:
         self._began = time.monotonic()
         self._rids = 0
         self._damaged = False
+        self._push_failed = ""
 
     def open_client(self) -> EngineClient:
         """Start or reach the server; on the leader."""
@@ -171,8 +127,24 @@ class ServerEngine:
             if self.replica.is_leader:
                 self._shared[value] = self.client.share(prompt, embeddings_MH, positions(prompt, self.qwen))
         elif kind == "push":
-            if self.push_again is not None and self.weight_version >= 0:
-                self.push_again()
+            self._push_after_restart()
+
+    def _push_after_restart(self) -> None:
+        """Hand the weights over again; an engine that ends meanwhile is only lost once more."""
+        self._push_failed = ""
+        if self.push_again is None or self.weight_version < 0:
+            return
+        try:
+            self.push_again()
+        except Exception as error:
+            # Both kinds of failure are raised on all ranks, so all come here together.
+            if self._on_leader(self.client_alive):
+                raise
+            self._push_failed = str(error) or repr(error)
+
+    def client_alive(self) -> bool:
+        """Whether the leader's server answers."""
+        return self._client is not None and self._client.alive()
 
     def _lead(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[tuple[str, Any]]:
         """The leader's loop: yields instructions for all ranks."""
@@ -201,23 +173,29 @@ class ServerEngine:
                     yield "answers", answers
                 elif now - last_word > HEARTBEAT_S:
                     last_word = now
+                    self._say_progress()
+                    lost = lost or ("" if self.client_alive() else "it no longer answers")
                     yield "answers", []
                 overdue = queue.overdue(now, rollout.rollout_timeout_s)
-                hung = bool(overdue) and (now - last_news > rollout.rollout_timeout_s or not self.client.alive())
-                if lost or hung:
-                    if restarts_left == 0:
-                        raise EngineError(
-                            f"engine {self.name} failed {rollout.rollout_retries + 1} times in one batch: "
-                            f"{lost or 'it hung'}; raise rollout_retries, or see the engine's log"
-                        )
-                    restarts_left -= 1
+                if overdue and not lost and now - last_news > rollout.rollout_timeout_s:
+                    lost = f"no answer for {rollout.rollout_timeout_s:.0f} s"
+                if lost:
                     queue.resend(list(queue.running), "lost its engine", counted=False)
                     futures.clear()
-                    self._restart(lost or "no answer in time")
                     self._forget_shared()
-                    last_news = time.monotonic()
-                    yield "push", None
-                elif overdue:
+                while lost:
+                    if restarts_left == 0:
+                        raise EngineError(
+                            f"engine {self.name} failed {rollout.rollout_retries + 1} times in one batch: {lost}; "
+                            "see the engine's log, or raise rollout_retries"
+                        )
+                    restarts_left -= 1
+                    lost = self._restart(lost)
+                    if not lost:
+                        yield "push", None
+                        lost = self._push_failed
+                    overdue, last_news = [], time.monotonic()
+                if overdue:
                     for rid in overdue:
                         self.client.abort(rid)
                     queue.resend(overdue, f"had no answer within {rollout.rollout_timeout_s:.0f} s")
@@ -280,12 +258,28 @@ class ServerEngine:
             shared.close()
         self._shared.clear()
 
-    def _restart(self, reason: str) -> None:
+    def _restart(self, reason: str) -> str:
+        """End what is left of the server and bring it up anew; why that failed, or nothing."""
         self.restarts += 1
         log.warning("engine %s is restarted (%d): %s", self.name, self.restarts, reason)
         self.client.close()
         self._damaged = False
-        self._open()
+        try:
+            self._open()
+        except (EngineError, EngineDied) as error:
+            return str(error)
+        return ""
+
+    def _say_progress(self) -> None:
+        stats = self.stats()
+        log.info(
+            "rollouts: %d of %d done, %d running, %d waiting, %.0f tokens/s",
+            stats.finished,
+            stats.finished + stats.running + stats.waiting,
+            stats.running,
+            stats.waiting,
+            stats.tokens_per_s,
+        )
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of given answers; collective over the replica."""
@@ -364,7 +358,7 @@ class ServerEngine:
 
     def health(self) -> bool:
         """Whether the server answers."""
-        return bool(self._on_leader(lambda: self._client is not None and self._client.alive()))
+        return bool(self._on_leader(self.client_alive))
 
     def stop(self) -> None:
         """End the server; harmless twice."""

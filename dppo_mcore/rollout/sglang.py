@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch import Tensor
 from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
+from dppo_mcore.rollout.client import EngineClient
 from dppo_mcore.rollout.http import HttpClient, HttpReceiver
 from dppo_mcore.rollout.media import positions, probe_clip, share_embeddings, share_patches
-from dppo_mcore.rollout.server import EngineClient, ServerEngine
+from dppo_mcore.rollout.server import ServerEngine
 from dppo_mcore.rollout.sglang_options import engine_options, environment, sampling_params
 from dppo_mcore.rollout.sidecar_client import EngineDied, SidecarClient
 from dppo_mcore.runtime import device
@@ -176,11 +176,19 @@ class SidecarEngineClient:
             children = self.sidecar.call("ping", timeout_s=10.0)["children"]
         except EngineDied:
             return False
-        return all(os.path.exists(f"/proc/{child}") for child in children)
+        return all(runs(child) for child in children)
 
     def close(self) -> None:
         """End the sidecar."""
         self.sidecar.close()
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of this machine exists and hasn't ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _translate(future: Future[Any], outer: Future[RawAnswer]) -> None:

@@ -16,8 +16,9 @@ import torch
 from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
+from dppo_mcore.rollout.client import EngineClient
 from dppo_mcore.rollout.http import HttpClient
-from dppo_mcore.rollout.server import EngineClient, ServerEngine
+from dppo_mcore.rollout.server import ServerEngine
 from dppo_mcore.types import Prompt
 
 FINISH = {"stop": "stop", "length": "length", "abort": "abort"}
