@@ -89,7 +89,8 @@ class Saver:
             get_default_save_sharded_strategy("torch_dist", 1), _data_parallel(), do_cache_distribution=False
         )
         request = dist_checkpointing.save(sharded, str(beside), strategy, async_sharded_save=background)
-        publish = partial(self._publish, beside, self.folder / name, meta)
+        # As text now: the caller's state may have moved on when a background save is published.
+        publish = partial(self._publish, beside, self.folder / name, json.dumps(meta))
         if request is None:
             dist.barrier()
             publish()
@@ -109,10 +110,10 @@ class Saver:
         if self._calls is not None:
             self._calls.maybe_finalize_async_calls(blocking=True)
 
-    def _publish(self, written: Path, final: Path, meta: dict[str, Any]) -> None:
+    def _publish(self, written: Path, final: Path, meta: str) -> None:
         if dist.get_rank() == 0:
             with replacing(written / META) as file:
-                json.dump(meta, file)
+                file.write(meta)
             shutil.rmtree(final, ignore_errors=True)
             written.rename(final)
             if final.name.startswith("step-"):
