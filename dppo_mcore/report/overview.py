@@ -109,6 +109,7 @@ def curves(run: Run) -> dict[str, Any]:
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     spans: dict[str, list[int]] = {}
+    flops: dict[str, float] = defaultdict(float)
     for row in read_metrics(run.folder):
         step, phase = row["step"], str(row.get("phase", ""))
         span = spans.setdefault(phase, [step, step])
@@ -119,9 +120,14 @@ def curves(run: Run) -> dict[str, Any]:
             series[name].append((step, value))
             if name.startswith("time/"):
                 seconds[phase][name.removeprefix("time/")] += value
+        flops[phase] += row.get("train/flops") or 0.0
+        if "time/logprobs" in row and "time/train" in row:
+            # The log-prob passes are part of the training time; each second is shown once.
+            seconds[phase]["train"] -= row["time/logprobs"] or 0.0
     return {
         "series": {name: thin(points, MOST_POINTS) for name, points in sorted(series.items())},
         "seconds": {phase: dict(stages) for phase, stages in seconds.items()},
+        "flops": {phase: total for phase, total in flops.items() if total},
         "spans": {phase: span for phase, span in spans.items() if phase},
     }
 

@@ -154,6 +154,8 @@ function time() {
   const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length);
   const grid = node("div", { cls: "grid two" });
   if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
+  const work = Object.entries(DATA.curves.flops).map(([phase, total]) => ({ name: phase, parts: [{ name: "training", color: "var(--c2)", value: total }] }));
+  if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs of training over all ranks, vision tower included.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
   const used = DATA.curves.series["train/mfu"];
   if (used) grid.append(lineChart({ title: "Arithmetic: share of the device's peak", note: "Model FLOPs of each step, vision tower included, over its time and the device's peak.", series: [{ name: "MFU", color: "var(--c2)", points: used }], floor: 0, bands: bands(), format: (value) => percent(value, 1) }));
   const speed = DATA.curves.series["train/tokens_per_s"];
