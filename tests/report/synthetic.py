@@ -157,7 +157,8 @@ def _write_step(file: object, step: int, name: str, progress: float, success: fl
            "rl/all_fail": 0.3 - 0.2 * progress, "rl/loss": 0.01 * rng.normal(), "rl/clip_fraction_low": 0.01,
            "rl/clip_fraction_high": 0.02, "rl/stagnation": min(0.72, 0.2 + progress),
            "rl/stagnation/counting": min(0.8, 0.3 + progress), "rl/stagnation/planning": 0.6,
-           "train/lr": 1e-6, "train/grad_norm": 1 + rng.random(), "train/mfu": 0.31 + 0.02 * rng.random(), "train/flops": 3e12,
+           "train/lr": 1e-6, "train/grad_norm": 1 + rng.random(), "train/mfu": 0.31 + 0.02 * rng.random(),
+           "train/flops": 3e12,
            "time/generate": 2.0, "time/reward": 0.1, "time/train": 1.6, "time/logprobs": 0.3, "time/sync": 0.1,
            "time/data": 0.05, "time/step": 3.9}  # fmt: skip
     file.write(json.dumps(row) + "\n")  # type: ignore[attr-defined]
