@@ -26,6 +26,10 @@ from dppo_mcore.runtime import device
 from dppo_mcore.sync import buffers, verify
 from dppo_mcore.sync.plan import Bucket, Item, Owner, RankPlace, SyncError, SyncPlan, host_name, make_plan
 from dppo_mcore.sync.transports import TRANSPORTS, Transport
+from dppo_mcore.types import Prompt
+
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
+"""Of a single token; another model or a blind one is off by more, rounding by less."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class WeightSync:
     verified: bool = True
     bucket_bytes: int | None = None
     host: str = field(default_factory=host_name)
+    probe: Callable[[], tuple[Prompt, Sequence[int], Sequence[float]]] | None = None
+    """A prompt, an answer and the trainer's present log-probs of it; if set, every push ends with comparing them."""
     _vision_sent: bool = False
     _transport: Transport | None = None
 
@@ -77,6 +83,10 @@ class WeightSync:
         """Make the engine answer with this replica's present weights, verified; collective."""
         reports: list[SyncReport] = []
         self.engine.update_weights(version, lambda: reports.append(self._load(version)))
+        if self.probe is not None:
+            prompt, answer, trainer = self.probe()
+            limit = PROBE_TOLERANCE[self.config.model.dtype]
+            verify.compare_logprobs(trainer, self.engine.score([prompt], [answer])[0], limit)
         return reports[0]
 
     def again(self) -> None:
