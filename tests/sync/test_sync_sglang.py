@@ -114,8 +114,9 @@ def test_an_aborted_answer_is_carried_on(ranks: RankPool, tiny_dir: str) -> None
 
 def test_a_changed_tensor_stops_the_run_and_is_named(ranks: RankPool) -> None:
     """The first one that differs, on every rank; afterwards a good push heals it."""
-    with pytest.raises(AssertionError, match=r"model\.layers\.3\.self_attn\.k_proj\.weight differs in engine sglang"):
-        ranks.run(jobs.push_damaged, "model.layers.3.self_attn.k_proj.weight", keep_ranks=True)
+    name = "model.layers.3.self_attn.k_proj.weight"
+    messages = ranks.run(jobs.push_damaged, name)
+    assert all(f"{name} differs in engine sglang (1 of " in message for message in messages)
 
 
 def test_a_failing_rank_fails_all(ranks: RankPool) -> None:
