@@ -120,7 +120,9 @@ def _with_logprobs(state: Learner, updates: list[list[PackedBatch]]) -> tuple[li
         for entry, old_R in zip(columns, logprobs(state, flat, temperature), strict=True):
             entry["old_logprobs"] = old_R
         passes += 1
-    if rl.kl_coef and state.reference is not None:
+    if rl.kl_coef:
+        if state.reference is None:
+            raise ValueError(f"kl_coef {rl.kl_coef}: no reference policy; call keep_reference() where the loop starts")
         with state.reference.in_place():
             for entry, reference_R in zip(columns, logprobs(state, flat, temperature), strict=True):
                 entry["ref_logprobs"] = reference_R

@@ -32,7 +32,7 @@ def learner(tiny_dir: str) -> Iterator[Make]:
     parallel.start(ParallelConfig(), seed=0)
 
     def make(optimizer: str = "adam", **rl: Any) -> Learner:
-        return build(
+        state = build(
             Config(
                 run=RunConfig(model=tiny_dir),
                 model=ModelConfig(dtype="fp32"),
@@ -41,6 +41,8 @@ def learner(tiny_dir: str) -> Iterator[Make]:
                 data=DataConfig(max_tokens_per_micro_batch=256),
             )
         )
+        state.keep_reference()
+        return state
 
     yield make
     parallel.stop()
@@ -74,7 +76,6 @@ def with_engine_logprobs(state: Learner, groups: list[Group]) -> list[Group]:
 def test_first_update_is_on_policy(learner: Make, updates: int, old: str) -> None:
     state = learner(updates_per_batch=updates, old_logprobs=old, tis_cap=2.0)
     state.begin_phase("rl", 1e-4, 10)
-    state.keep_reference()
     groups = with_engine_logprobs(state, random_groups(state.qwen, 6, 4))
     result = rl_step(state, groups)
     first = result.updates[0].metrics
@@ -181,7 +182,6 @@ def test_replay_is_bitwise(learner: Make, tmp_path: Path) -> None:
     for mode in ("dump", "replay"):
         state = learner(updates_per_batch=2)
         state.begin_phase("rl", 1e-4, 10)
-        state.keep_reference()
         for step in range(3):
             if mode == "dump":
                 groups = random_groups(state.qwen, 4, 3, seed=step)
