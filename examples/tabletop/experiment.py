@@ -4,8 +4,8 @@
 
 Every arm is the product's own training with other options; a finished run is not run again, a stopped one goes on, so
 the same command completes what is missing. `--summary` only writes tables and plots from what is there.
-Budgets: RL arms see the same number of rollouts, arms with SFT the same number of SFT steps and of teacher labels
-at most. `rl-only` therefore runs its RL twice as long, and `sft-only` learns in two loops without any RL.
+Budgets: arms with RL see about the same number of rollouts (`rl-only` has more RL steps in place of buffers and mining),
+arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 CONFIG = "examples/tiny.yaml"
-BASE_STEPS = 600
+BASE_STEPS = 900
 RL_STEPS = 60
 """RL steps per loop of an arm with two loops."""
 COMMON = {
@@ -52,8 +52,8 @@ class Arm:
 ARMS = {
     "dppo": Arm("DPPO (RL and SFT in turn, by difficulty, anchors)", {"anchor-share": 0.15}),
     "rl-only": Arm("RL only, random sampling",
-                   {"mode": "rl-only", "sampling": "random", "rl-max-steps": 76, "rl-min-steps": 76}),
-    "sft-only": Arm("SFT only, as many labels", {"mode": "sft-only"}),
+                   {"mode": "rl-only", "sampling": "random", "rl-max-steps": 80, "rl-min-steps": 80}),
+    "sft-only": Arm("SFT only, as many SFT steps", {"mode": "sft-only"}),
     "dppo-random": Arm("DPPO with random sampling", {"sampling": "random"}),
     "dppo-no-anchors": Arm("DPPO, mastered samples dropped", {"anchor-share": 0.0}),
     "dppo-kl": Arm("DPPO, mastered samples dropped, KL 0.02", {"anchor-share": 0.0, "kl-coef": 0.02}),
