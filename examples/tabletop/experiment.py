@@ -4,8 +4,8 @@
 
 Every arm is the product's own training with other options; a finished run is not run again, a stopped one goes on, so
 the same command completes what is missing. `--summary` only writes tables and plots from what is there.
-Budgets: arms with RL see about the same number of rollouts (`rl-only` has more RL steps in place of buffers and mining),
-arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
+Budgets: arms with RL see about the same number of rollouts (`rl-only` has more RL steps in place of buffers and
+mining), arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
 """
 
 from __future__ import annotations
