@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -24,75 +24,28 @@ from dppo_mcore.config import Config
 from dppo_mcore.model.attention import plan_attention
 from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.model.weights import unwrap
-from dppo_mcore.rollout.answers import RawAnswer, assemble, check_prompt
+from dppo_mcore.rollout.answers import assemble, check_prompt
 from dppo_mcore.rollout.base import (
     SLEEP_TAGS,
     EngineError,
     EngineStats,
     GenerationRequest,
-    Prefix,
     Sampling,
     SleepTag,
     TextDecoder,
 )
+from dppo_mcore.rollout.cohort import Answer, Cohort
 from dppo_mcore.rollout.kv_cache import CohortCache, DecodePlan, RecordingPlan
+from dppo_mcore.rollout.media import Encoder
 from dppo_mcore.rollout.prefill import check_decoded, pack_prompts
 from dppo_mcore.rollout.sampler import Sampler, VocabShard
 from dppo_mcore.rollout.stages import Stages
 from dppo_mcore.types import PackedBatch, Prompt, Rollout
 
-GHOST_SHARE = 8
-"""Finished answers stay in the batch until they are one in so many, then all leave together."""
+EMBEDDING_CACHE_BYTES = 1 << 30
+"""Media embeddings kept on the host between calls, where the whole tower is frozen."""
 FREE_SHARE = 4
 """Waiting prompts come in once one place in so many is free."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """One answer being made."""
-
-    request: GenerationRequest
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    """New tokens, the carried-over prefix not included."""
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    """(weight version, first token sampled under it)."""
-    finish: Literal["stop", "length", "abort"] | None = None
-
-    @property
-    def prefix(self) -> Prefix:
-        """What it was carried on from."""
-        return self.request.prefixes.get(self.index, Prefix((), (), ()))
-
-    def raw(self) -> RawAnswer:
-        """As an engine's answer."""
-        starts = [*(start for _, start in self.versions), len(self.tokens)]
-        versions = tuple((version, start, starts[n + 1]) for n, (version, start) in enumerate(self.versions))
-        return RawAnswer(tuple(self.tokens), tuple(self.logprobs), self.finish or "abort", versions)
-
-
-@dataclass
-class Cohort:
-    """Answers prefilled together: host records and the device tensors of their next step."""
-
-    answers: list[Answer]
-    cache: CohortCache
-    tokens_B: Tensor
-    """Last token of each answer, not yet run through the model."""
-    seeds_B: Tensor
-    steps_B: Tensor
-    """Tokens each answer has, prefix included."""
-    positions_B: Tensor
-    """Rotary position of the last token."""
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all answers but these."""
-        self.cache.keep(rows)
-        index = torch.tensor(rows, device=self.tokens_B.device)
-        self.answers = [self.answers[row] for row in rows]
-        self.tokens_B, self.seeds_B = self.tokens_B[index], self.seeds_B[index]
-        self.steps_B, self.positions_B = self.steps_B[index], self.positions_B[index]
 
 
 class InProcessEngine:
@@ -107,6 +60,9 @@ class InProcessEngine:
         self._prefill_tokens = config.data.max_tokens_per_micro_batch
         self._backend = config.model.attention_backend
         self._chunks = [unwrap(chunk) for chunk in chunks]
+        # A tower that learns gives other embeddings after every step: nothing of it is kept.
+        frozen = config.model.freeze_vision and config.model.freeze_merger
+        self._encoder = Encoder(self._chunks, qwen, EMBEDDING_CACHE_BYTES) if frozen else None
         self._media_ids = (qwen.image_token_id, qwen.video_token_id)
         self._running = threading.Event()
         self._running.set()
@@ -246,21 +202,23 @@ class InProcessEngine:
         if groups:
             cohort = self._prefill(groups, stages, sampler)
             done += self._take(cohort, sampling)
-            self._compact(cohort, cohorts)
+            if cohort.without_finished():
+                cohorts.append(cohort)
         return done
 
     @torch.no_grad()
     def _prefill(self, groups: list[list[Answer]], stages: Stages, sampler: Sampler | None) -> Cohort:
         """Run the prompts (and prefixes) once, keep keys and values, draw each answer's first token."""
         answers = [answer for group in groups for answer in group]
+        prompts = [group[0].request.prompt for group in groups]
         packed = pack_prompts(
-            [group[0].request.prompt for group in groups],
+            prompts,
             [[answer.prefix.token_ids for answer in group] for group in groups],
             self._qwen,
             stages.length_multiple,
         )
         recorded = RecordingPlan(qkv_format="sbhd", plan=self._plan(packed.batch))
-        hidden = stages.forward(packed.batch, recorded)
+        hidden = stages.forward(packed.batch, recorded, self._embeddings(prompts))
         seeds = torch.tensor([answer.request.token_seed(answer.index) for answer in answers], device=stages.device)
         steps = torch.tensor([len(answer.prefix.token_ids) for answer in answers], device=stages.device)
         cohort = Cohort(
@@ -306,10 +264,7 @@ class InProcessEngine:
             cohort.cache.advance()
         self._draw(cohorts, hidden, stages, sampler)
         done = [answer for cohort in cohorts for answer in self._take(cohort, sampling)]
-        running = list(cohorts)
-        cohorts.clear()
-        for cohort in running:
-            self._compact(cohort, cohorts)
+        cohorts[:] = [cohort for cohort in cohorts if cohort.without_finished()]
         return done
 
     def _draw(self, cohorts: list[Cohort], hidden: Tensor | None, stages: Stages, sampler: Sampler | None) -> None:
@@ -362,15 +317,13 @@ class InProcessEngine:
         text = self._tokenizer.decode(tail, skip_special_tokens=True)
         return any(stop in text for stop in sampling.stop)
 
-    @staticmethod
-    def _compact(cohort: Cohort, cohorts: list[Cohort]) -> None:
-        """Put a cohort (back) on the list, less its finished answers once they are worth the copy."""
-        rows = [row for row, answer in enumerate(cohort.answers) if answer.finish is None]
-        if not rows:
-            return
-        if (len(cohort.answers) - len(rows)) * GHOST_SHARE >= len(cohort.answers):
-            cohort.keep(rows)
-        cohorts.append(cohort)
+    def _embeddings(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """Kept media embeddings [M, H] of these prompts; None where the model has to encode them itself."""
+        if self._encoder is None:
+            return None
+        found = [self._encoder.embeddings(prompt) for prompt in prompts if prompt.media]
+        kept = [embeddings for embeddings in found if embeddings is not None]
+        return torch.cat(kept) if kept else None
 
     def _plan(self, batch: PackedBatch) -> Any:
         return plan_attention(batch.segments_L, batch.branches_L, self._backend)

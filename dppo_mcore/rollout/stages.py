@@ -29,17 +29,18 @@ class Stages:
         self.length_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._hidden_size = hidden_size
 
-    def forward(self, batch: PackedBatch, plan: Any) -> Tensor | None:
+    def forward(self, batch: PackedBatch, plan: Any, media_embeddings_MH: Tensor | None = None) -> Tensor | None:
         """Hidden states of the loss rows [R, H] on the last stage, None elsewhere. All stages call together.
 
-        The row's length must be a multiple of `length_multiple`.
+        The row's length must be a multiple of `length_multiple`. The first stage may be given the row's media
+        embeddings instead of encoding its patches.
         """
         output = None
         for number, chunk in enumerate(self.chunks):
             stage = number * self.count + self.rank
             if stage > 0 and self.count > 1:
                 chunk.set_input_tensor(self._receive(batch))
-            output = chunk.forward_with(batch, plan)
+            output = chunk.forward_with(batch, plan, media_embeddings_MH if stage == 0 else None)
             if stage < len(self.chunks) * self.count - 1:
                 dist.send(output.contiguous(), self._ranks[(self.rank + 1) % self.count], group=self.group)
                 output = None

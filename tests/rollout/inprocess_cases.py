@@ -25,11 +25,15 @@ def tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def engine(folder: str, parallel: ParallelConfig | None = None, **rollout: Any) -> InProcessEngine:
+def engine(
+    folder: str, parallel: ParallelConfig | None = None, model: dict[str, Any] | None = None, **rollout: Any
+) -> InProcessEngine:
     """An engine over a model loaded from `folder`; the parallel state must fit `parallel`."""
     qwen = load_qwen_config(folder)
     config = Config(
-        parallel=parallel or ParallelConfig(), model=ModelConfig(dtype="fp32"), rollout=RolloutConfig(**rollout)
+        parallel=parallel or ParallelConfig(),
+        model=ModelConfig(**{"dtype": "fp32", **(model or {})}),
+        rollout=RolloutConfig(**rollout),
     )
     chunks = build_model(qwen, config)
     load_hf_weights(chunks, folder, qwen)

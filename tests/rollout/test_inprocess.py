@@ -272,6 +272,38 @@ def test_media_are_encoded_once_per_group(engine: InProcessEngine, qwen: QwenCon
     assert calls == [grids]
 
 
+def test_a_frozen_tower_encodes_each_medium_once_for_good(tiny_dir: str, qwen: QwenConfig, engine: Any) -> None:
+    frozen = cases.engine(tiny_dir, model={"freeze_vision": True, "freeze_merger": True})
+    chunk, calls = frozen._chunks[0], []
+    original = chunk.encode_media
+    chunk.encode_media = lambda patches, grids: calls.append(tuple(grids)) or original(patches, grids)
+    prompts, sampling = cases.mixed_prompts(qwen), cases.default_sampling(qwen)
+    expected = cases.by_key(engine.generate(cases.requests(prompts), sampling))
+    for encoded in (3, 3):
+        found = cases.by_key(frozen.generate(cases.requests(prompts), sampling))
+        assert len(calls) == encoded
+        assert {key: rollout.token_ids for key, rollout in found.items()} == {
+            key: rollout.token_ids for key, rollout in expected.items()
+        }
+    (item,) = prompts[1].media
+    other = replace(prompts[1], media=(replace(item, patches=item.patches + 1),))
+    list(frozen.generate(cases.requests([other]), sampling))
+    assert len(calls) == 4
+
+
+def test_bf16_is_off_by_its_rounding_only(tiny_dir: str, qwen: QwenConfig, engine: Any) -> None:
+    """Decoding differs from a full forward no more than bf16 differs from fp32."""
+    low = cases.engine(tiny_dir, model={"dtype": "bf16"})
+    prompts = cases.mixed_prompts(qwen)
+    found = cases.by_key(low.generate(cases.requests(prompts, n=2), Sampling(max_tokens=12)))
+    pairs = [(prompt, found[prompt.sample.id, n]) for prompt in prompts for n in range(2)]
+    given = ([prompt for prompt, _ in pairs], [rollout.token_ids for _, rollout in pairs])
+    decoded = torch.tensor([rollout.logprobs for _, rollout in pairs])
+    low_scores, high_scores = torch.tensor(low.score(*given)), torch.tensor(engine.score(*given))
+    rounding = (low_scores - high_scores).abs().mean()
+    assert (decoded - low_scores).abs().mean() < 1.5 * rounding < 0.1
+
+
 def test_an_image_changes_the_answer(engine: InProcessEngine, qwen: QwenConfig) -> None:
     prompt = cases.media_prompt(3, qwen, ("video", (3, 4, 4), 0.7))
     (item,) = prompt.media
