@@ -257,7 +257,11 @@ def main() -> None:
     options.workspace_mib = options.workspace_mib or (1024 if DEVICE == "cuda" else 16)
     others = other_logprobs(options.verl)
     shapes = options.shapes or (CUDA_SHAPES if DEVICE == "cuda" else CPU_SHAPES)
-    results = [run_shape(shape, valid, options, others) for shape in shapes for valid in options.valid]
+    results = []
+    for shape in shapes:
+        for valid in options.valid:
+            results.append(run_shape(shape, valid, options, others))
+            bench.save(options.json, dict(results=results))
     summary = []
     for result in results:
         rows = {row["contender"]: row for row in result["tables"]["policy loss, forward and backward"]}

@@ -18,6 +18,8 @@ from dppo_kernels.head_rows import RowStats
 from dppo_kernels.head_rows_triton import NEG_INF, combine, finite, merge
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+WIDE_TILE = 64, 64, 32
+"""For fp32 operands, which no tensor core multiplies exactly."""
 WARPS, STAGES = 8, 4
 SPLITS = 8
 GROUP = 16
@@ -95,12 +97,12 @@ def fused_stats(head: Head, entropy: bool) -> RowStats:
 def _launch(hidden_nH: Tensor, head: Head, stats_S4n: Tensor, entropy: bool) -> None:
     weight_VH = head.weight_VH.contiguous()
     rows, columns = hidden_nH.shape[0], weight_VH.shape[0]
-    row_blocks = triton.cdiv(rows, BLOCK_M)
-    split_columns = triton.cdiv(triton.cdiv(columns, BLOCK_N), SPLITS) * BLOCK_N
-    block_k = BLOCK_K if hidden_nH.dtype.itemsize == 2 else BLOCK_K // 2
+    block_m, block_n, block_k = (BLOCK_M, BLOCK_N, BLOCK_K) if hidden_nH.dtype.itemsize == 2 else WIDE_TILE
+    row_blocks = triton.cdiv(rows, block_m)
+    split_columns = triton.cdiv(triton.cdiv(columns, block_n), SPLITS) * block_n
     fused_kernel[(row_blocks * SPLITS,)](
-        TensorDescriptor.from_tensor(hidden_nH, [BLOCK_M, block_k]),
-        TensorDescriptor.from_tensor(weight_VH, [BLOCK_N, block_k]),
+        TensorDescriptor.from_tensor(hidden_nH, [block_m, block_k]),
+        TensorDescriptor.from_tensor(weight_VH, [block_n, block_k]),
         head.targets_n,
         stats_S4n,
         rows,
@@ -114,8 +116,8 @@ def _launch(hidden_nH: Tensor, head: Head, stats_S4n: Tensor, entropy: bool) -> 
         UPCAST=interpreting(),
         SPLITS=SPLITS,
         GROUP=GROUP,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=WARPS,
         num_stages=STAGES,

@@ -134,7 +134,8 @@ def policy_loss(
         from dppo_kernels.policy_loss_triton import TritonPolicyLoss
 
         check_settings(options, cu_seqlens, normalizer)
-        bounds = cu_seqlens if options.by_sequence else None
+        bounds = cu_seqlens.to(logprobs.device) if options.by_sequence and cu_seqlens is not None else None
+        normalizer = normalizer.to(logprobs.device) if isinstance(normalizer, Tensor) else normalizer
         rows = PolicyRows(old_logprobs, advantages, mask, None, ref_logprobs, rollout_logprobs, None, bounds)
         loss, sums_M, count = TritonPolicyLoss.apply(logprobs, rows, options, normalizer)
     else:
