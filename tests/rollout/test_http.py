@@ -117,7 +117,7 @@ def test_an_update_outside_a_session_or_from_nowhere_is_refused(client: HttpClie
 @pytest.mark.sglang
 def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     """While a request runs the cache stays, and the client says so; a held one doesn't count as running."""
-    long = Sampling(temperature=1.0, max_tokens=2000)
+    long = Sampling(temperature=1.0, max_tokens=500)
     running = client.submit("long", REQUEST, 0, long, None)
     time.sleep(0.5)
     with pytest.raises(Refused):
@@ -125,8 +125,7 @@ def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     client.pause()
     client.flush()
     client.resume()
-    client.abort("long")
-    assert running.result(60).finish in ("abort", "length")
+    assert len(running.result(60).token_ids) == 500
 
 
 @pytest.mark.sglang
