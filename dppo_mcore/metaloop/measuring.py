@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import defaultdict
 
@@ -15,9 +16,8 @@ from dppo_mcore.metaloop.weights import awake, push
 from dppo_mcore.practice import curriculum, weakness
 from dppo_mcore.practice.difficulty import make_buffer
 from dppo_mcore.practice.ledger import PhasePlan
-from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, Teacher, collect
-from dppo_mcore.practice.teacher_client import ChatClient
-from dppo_mcore.practice.teacher_media import media_parts
+from dppo_mcore.practice.teacher import Teacher, collect, make_teacher
+from dppo_mcore.rewards.extraction import final_answer
 from dppo_mcore.types import Sample
 
 CHUNK = 512
@@ -115,7 +115,7 @@ def ask_teacher(run: Run, phase: str) -> None:
     shown = ", ".join(f"{d.dimension or 'none'} {d.weak}/{d.mined}" for d in dimensions[:9])
     ledger.decide(phase, 0, "weakness", {"weak": len(weak_ids)}, shown)
     run.say(f"{phase}: {len(weak_ids)} samples without a right answer ({shown})")
-    teacher = make_teacher(run)
+    teacher = teacher_of(run)
     if teacher is None or not weak_ids:
         return
     assert run.rewards is not None
@@ -129,6 +129,8 @@ def ask_teacher(run: Run, phase: str) -> None:
         show_gold=practice.teacher_show_gold,
         concurrency=practice.teacher_concurrency,
         budget=practice.teacher_budget,
+        vote_share=practice.teacher_vote,
+        final=final_answer,
     )
     ledger.set_cursor(phase, {"missing": result.missing})
     kept = sum(answer.kept for answer in ledger.teacher_answers(phase))
@@ -147,21 +149,16 @@ def fill_gaps(run: Run) -> None:
     run.exchange.from_rank0(ask)
 
 
-def make_teacher(run: Run) -> Teacher | None:
-    """The teacher of the configuration: a file of answers, an endpoint, or none."""
-    practice = run.config.practice
-    if practice.teacher_file:
-        return FileTeacher(practice.teacher_file)
-    if not practice.teacher_url:
-        return None
+def teacher_of(run: Run) -> Teacher | None:
+    """The configured teacher; it's shown the very frames the model saw."""
+    decoding = threading.Lock()
 
     def frames(sample: Sample) -> list[np.ndarray]:
-        plans = [run.processor.plan_of(medium, practice.horizons[-1]) for medium in sample.media]
-        return [run.processor.decoder(plan).permute(0, 2, 3, 1).numpy() for plan in plans]
+        with decoding:
+            plans = [run.processor.plan_of(medium, run.config.practice.horizons[-1]) for medium in sample.media]
+            return [run.processor.decoder(plan).permute(0, 2, 3, 1).numpy() for plan in plans]
 
-    client = ChatClient(practice.teacher_url, practice.teacher_model, os.environ.get(KEY_VARIABLE, ""))
-    parts = media_parts(practice.teacher_media, frames)
-    return EndpointTeacher(client, parts, max_tokens=run.config.rollout.max_response_tokens, temperature=1.0)
+    return make_teacher(run.config.practice, frames, os.environ.get(KEY_VARIABLE, ""))
 
 
 def finish(run: Run, phase: PhasePlan, reason: str) -> None:

@@ -135,7 +135,8 @@ def _make_corpus(run: Run, phase: PhasePlan) -> list[SftItem]:
         config=run.config.practice,
         seed=run.config.run.seed_of(f"corpus {phase.name}"),
     )
-    run.say(f"{phase.name}: {corpus.summary()}")
+    made = ledger.decisions("corpus", phase.name)
+    run.say(f"{phase.name}: {made[-1].reason if made else corpus.summary()}")
     return corpus.items
 
 
