@@ -71,7 +71,9 @@ def launch(model: str, log: Path, *extra: str, dtype: str = "float32", timeout_s
     while not server.alive:
         if process.poll() is not None or time.monotonic() > deadline:
             stop(server)
-            raise AssertionError(f"SGLang did not come up; the end of {log}:\n{log.read_text(errors='replace')[-2000:]}")
+            raise AssertionError(
+                f"SGLang did not come up; the end of {log}:\n{log.read_text(errors='replace')[-2000:]}"
+            )
         time.sleep(0.5)
     return server
 
@@ -101,9 +103,7 @@ def sglang_environment(monkeypatch: pytest.MonkeyPatch, sglang_python: str) -> s
 
 
 @pytest.fixture(scope="session")
-def sglang_server(
-    sglang_python: str, tiny_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HttpServer]:
+def sglang_server(sglang_python: str, tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     """A plain HTTP server over the tiny checkpoint, fp32, one for the session."""
     server = launch(tiny_dir, tmp_path_factory.mktemp("sglang") / "server.log")
     yield server
