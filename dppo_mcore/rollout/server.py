@@ -67,6 +67,7 @@ class ServerEngine:
         self._rids = 0
         self._damaged = False
         self._push_failed = ""
+        self._asleep: set[str] = set()
 
     def open_client(self) -> EngineClient:
         """Start or reach the server; on the leader."""
@@ -264,6 +265,7 @@ class ServerEngine:
         log.warning("engine %s is restarted (%d): %s", self.name, self.restarts, reason)
         self.client.close()
         self._damaged = False
+        self._asleep.clear()
         try:
             self._open()
         except (EngineError, EngineDied) as error:
@@ -326,12 +328,20 @@ class ServerEngine:
         self._aborting = True
 
     def sleep(self, tags: Sequence[SleepTag] = SLEEP_TAGS) -> None:
-        """Give memory back."""
-        self._on_leader(lambda: self.client.sleep(tags))
+        """Give memory back; parts that sleep already are left alone, as the server would end on them."""
+        due = [tag for tag in tags if tag not in self._asleep]
+        if due:
+            self._on_leader(lambda: self.client.sleep(due))
+            self._asleep.update(due)
+        if "weights" in due:
+            self.weight_version = -1
 
     def wake(self, tags: Sequence[SleepTag] = SLEEP_TAGS) -> None:
-        """Take it again."""
-        self._on_leader(lambda: self.client.wake(tags))
+        """Take it again; the weights are then undefined, which their version says."""
+        due = [tag for tag in tags if tag in self._asleep]
+        if due:
+            self._on_leader(lambda: self.client.wake(due))
+            self._asleep.difference_update(due)
 
     def update_weights(self, version: int, load: Callable[[], None] | None = None) -> None:
         """Open an update on the engine, run `load` on all ranks, close it; requests held meanwhile go on after."""

@@ -366,7 +366,9 @@ def push(chunks: Sequence[nn.Module], engine: Engine, version: int) -> SyncRepor
         engine.update_weights(version)
         return None
     sync: WeightSync | None = getattr(engine, "weight_sync", None)
-    if sync is None or sync.chunks is not chunks:
+    if sync is None or list(sync.chunks) != list(chunks):
+        if sync is not None:
+            sync.stop()
         sync = attach(chunks, engine, engine.qwen, engine.config)  # type: ignore[attr-defined]
     assert sync is not None
     return sync.push(version)

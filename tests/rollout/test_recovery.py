@@ -105,6 +105,19 @@ def test_stopping_early_leaves_nothing_running(engine: Any) -> None:
     assert sum(counted(engine, requests(engine, 4, 2)).values()) == 8
 
 
+def test_sleep_and_wake(engine: Any) -> None:
+    """By tags, twice over, right after answers; slept weights are undefined until the next push."""
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+    engine.sleep(("kv_cache",))
+    engine.sleep()
+    assert engine.weight_version == -1
+    engine.wake(("weights",))
+    engine.push_again.__self__.push(1)
+    engine.wake()
+    engine.wake()
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
 def test_over_sampling_keeps_the_first(engine: Any) -> None:
     """Ask for more, abort once enough are there: all come back, the rest marked."""
     finished = aborted = 0
