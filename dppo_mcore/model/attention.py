@@ -8,6 +8,7 @@ the plan of its own micro-batch.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -121,7 +122,7 @@ class AttentionPlan(PackedSeqParams):
         """Attention of one layer, [L, heads, D]."""
         if self.backend == "flex":
             return flex(q_LHD, k_LGD, v_LGD, self.block_mask, scale)
-        if self.backend == "flash":
+        if self.backend == "flash" and q_LHD.dtype is not torch.float32:
             return flash_varlen(q_LHD, k_LGD, v_LGD, self.cu_seqlens, self.max_seqlen, causal=True, scale=scale)
         return self._sdpa(q_LHD, k_LGD, v_LGD, scale)
 
@@ -209,6 +210,8 @@ def _flash_varlen() -> Any:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
+        return None
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
         return None
     return lambda q, k, v, cu, longest, causal, scale: varlen_attn(
         q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0) if causal else (-1, -1),
