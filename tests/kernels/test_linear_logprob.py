@@ -217,8 +217,9 @@ def test_padding_columns_are_no_part_of_the_vocabulary(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_layouts_of_the_inputs(backend: str) -> None:
-    hidden, weight, targets = head_case(48, 16, 97)
+@pytest.mark.parametrize("masked", [0.0, 0.2])
+def test_layouts_of_the_inputs(backend: str, masked: float) -> None:
+    hidden, weight, targets = head_case(48, 16, 97, masked=masked)
     base, _ = linear_logprob(hidden, weight, targets, backend=backend)
     by_column = hidden.t().contiguous().t()
     sequence_first = hidden.view(6, 8, 16).transpose(0, 1).contiguous().transpose(0, 1).reshape(48, 16)
