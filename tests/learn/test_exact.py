@@ -25,6 +25,8 @@ LAYOUTS = {
     "dp2": ParallelConfig(),
     "tp2_pp2_sp": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
     "dp2_tp2": ParallelConfig(tensor_model_parallel_size=2),
+    "dp2_pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "dp2_pp2_vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "pp2_vpp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 Reference = dict[str, Outcome]
@@ -65,10 +67,17 @@ def test_one_rank(tiny_dir: str, reference: Reference) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout: str, tiny_dir: str, reference: Reference, request: pytest.FixtureRequest) -> None:
-    four = layout in ("tp2_pp2_sp", "dp2_tp2")
+    four = layout == "tp2_pp2_sp" or layout.startswith("dp2_")
     pool: RankPool = request.getfixturevalue("pool4" if four else "pool2")
     data_parallel = layout.startswith("dp2")
-    cases = CASES if data_parallel else [case for case in CASES if case[1] not in ("masked", "idle")]
+    some = [("rl", "four"), ("rl", "masked"), ("sft", "idle"), ("sft", "packed-unshared")]
+    cases = (
+        some
+        if "dp2_pp2" in layout
+        else CASES
+        if data_parallel
+        else [case for case in CASES if case[1] not in ("masked", "idle")]
+    )
     found = pool.run(outcomes, tiny_dir, LAYOUTS[layout], cases)[0]
     for (loss, how), outcome in found.items():
         compare(f"{layout} {loss} {how}", outcome, reference[loss])
