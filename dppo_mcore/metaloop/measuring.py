@@ -17,7 +17,6 @@ from dppo_mcore.practice import curriculum, weakness
 from dppo_mcore.practice.difficulty import make_buffer
 from dppo_mcore.practice.ledger import PhasePlan
 from dppo_mcore.practice.teacher import Teacher, collect, make_teacher
-from dppo_mcore.rewards.extraction import final_answer
 from dppo_mcore.types import Sample
 
 CHUNK = 512
@@ -130,7 +129,6 @@ def ask_teacher(run: Run, phase: str) -> None:
         concurrency=practice.teacher_concurrency,
         budget=practice.teacher_budget,
         vote_share=practice.teacher_vote,
-        final=final_answer,
     )
     ledger.set_cursor(phase, {"missing": result.missing})
     kept = sum(answer.kept for answer in ledger.teacher_answers(phase))
