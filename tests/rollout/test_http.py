@@ -26,6 +26,7 @@ from tests.support.sglang_server import HttpServer
 
 REQUEST = GenerationRequest("s", Prompt(Sample("s", "exact", ()), (1, 2, 3, 4, 5)), 1)
 GREEDY = Sampling(temperature=0.0, max_tokens=6)
+LONG = Sampling(temperature=1.0, max_tokens=800, banned_token_ids=tuple(range(590, 640)))
 
 
 @pytest.fixture
@@ -117,22 +118,21 @@ def test_an_update_outside_a_session_or_from_nowhere_is_refused(client: HttpClie
 @pytest.mark.sglang
 def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     """While a request runs the cache stays, and the client says so; a held one doesn't count as running."""
-    long = Sampling(temperature=1.0, max_tokens=500)
-    running = client.submit("long", REQUEST, 0, long, None)
-    time.sleep(0.5)
+    running = client.submit("long", REQUEST, 0, LONG, None)
+    time.sleep(0.3)
     with pytest.raises(Refused):
         client.post("/flush_cache")
     client.pause()
     client.flush()
     client.resume()
-    assert len(running.result(60).token_ids) == 500
+    assert len(running.result(60).token_ids) == 800
 
 
 @pytest.mark.sglang
 def test_held_requests_go_on_under_new_weights(client: HttpClient, tiny_dir: str) -> None:
     """Their versions show the split."""
-    running = client.submit("split", REQUEST, 0, Sampling(temperature=1.0, max_tokens=600), None)
-    time.sleep(0.4)
+    running = client.submit("split", REQUEST, 0, LONG, None)
+    time.sleep(0.3)
     push(client, weights(tiny_dir, 1.0), 21)
     push(client, weights(tiny_dir, 1.0), 22)
     versions = running.result(120).versions
