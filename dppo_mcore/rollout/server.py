@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -353,8 +354,12 @@ class ServerEngine:
                 load()
         except BaseException:
             self._damaged = True
+            if self.replica.is_leader:
+                with suppress(Exception):
+                    receiver.end(-1)
             raise
         self._on_leader(lambda: receiver.end(version))
+        self._damaged = False
         if not self.config.model.freeze_vision or not self.config.model.freeze_merger:
             self.encoder.clear()
         self.weight_version = version
