@@ -26,13 +26,13 @@ from tests.support.sglang_server import HttpServer
 
 REQUEST = GenerationRequest("s", Prompt(Sample("s", "exact", ()), (1, 2, 3, 4, 5)), 1)
 GREEDY = Sampling(temperature=0.0, max_tokens=6)
-LONG = Sampling(temperature=1.0, max_tokens=800, banned_token_ids=tuple(range(590, 640)))
+LONG = Sampling(temperature=1.0, max_tokens=200, banned_token_ids=tuple(range(590, 640)))
 
 
 @pytest.fixture
 def client(sglang_server: HttpServer) -> Iterator[HttpClient]:
     """A client of the session's server."""
-    made = HttpClient(sglang_server.url, 60.0, 8)
+    made = HttpClient(sglang_server.url, 180.0, 8)
     yield made
     made.close()
 
@@ -125,7 +125,7 @@ def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     client.pause()
     client.flush()
     client.resume()
-    assert len(running.result(60).token_ids) == 800
+    assert len(running.result(170).token_ids) == 200
 
 
 @pytest.mark.sglang
@@ -135,7 +135,7 @@ def test_held_requests_go_on_under_new_weights(client: HttpClient, tiny_dir: str
     time.sleep(0.3)
     push(client, weights(tiny_dir, 1.0), 21)
     push(client, weights(tiny_dir, 1.0), 22)
-    versions = running.result(120).versions
+    versions = running.result(170).versions
     assert versions[-1][0] == 22
     assert len(versions) >= 2
 
