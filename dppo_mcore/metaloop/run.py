@@ -15,6 +15,7 @@ from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
 from dppo_mcore.learn import state as learn_state
 from dppo_mcore.learn.checkpoint import Saver
+from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
@@ -70,6 +71,8 @@ class Run:
     rewards: RewardPool | None
     """On replica leaders."""
     _ledger: Ledger | None = field(repr=False, default=None)
+    offloader: Offloader | None = field(repr=False, default=None)
+    """Kept for its pinned buffers."""
     step: int = 0
     """Optimizer steps and evaluations are counted over the whole run on this axis."""
 

@@ -37,7 +37,9 @@ def awake(run: Run) -> Iterator[None]:
     if not (run.config.optimizer.offload and isinstance(run.model, Learner)):
         yield
         return
-    offloader = Offloader(run.model)
+    if run.offloader is None:
+        run.offloader = Offloader(run.model)
+    offloader = run.offloader
     stages = offloader.offload(keep_weights=True)
     run.engine.wake(("kv_cache",))
     try:
