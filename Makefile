@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export GLOO_SOCKET_IFNAME ?= lo
 
-.PHONY: setup setup-sglang setup-ngc demo experiment test test-slow test-kill test-report check bench doctor clean
+.PHONY: setup setup-sglang setup-ngc demo experiment test test-slow test-kill test-report check bench bench-sync doctor clean
 
 setup: $(VENV)/.ready
 setup-sglang: $(SGLANG)/.ready
@@ -67,10 +67,16 @@ test-report: setup
 
 bench: setup
 	$(PY) tools/bench_head.py
+	$(PY) tools/bench_policy_loss.py
+	$(PY) tools/bench_advantages.py
 	$(PY) tools/bench_shared_prompt.py
 	$(PY) tools/bench_step.py
-	$(PY) tools/bench_sync.py
+	$(PY) tools/bench_vs_trl.py
 	$(PY) tools/bench_video.py
+	$(PY) tools/bench_ledger.py
+
+bench-sync: setup setup-sglang
+	$(PY) tools/bench_sync.py
 
 doctor: setup
 	$(PY) -m dppo_mcore.doctor

@@ -191,8 +191,12 @@ def _check_training(config: Config, world_size: int) -> None:
         raise ConfigError(f"group_size: {config.rl.group_size} answers give no advantage, at least 2 are needed")
     if rollout.rollout_engine == "inprocess" and rollout.rollout_url:
         raise ConfigError("rollout_url: the in-process engine has none; set rollout_engine sglang or vllm")
-    if rollout.rollout_engine == "inprocess" and rollout.rollout_placement == "disjoint":
-        raise ConfigError("rollout_placement: the in-process engine lives on the trainer's ranks")
+    if rollout.rollout_placement == "disjoint":
+        raise ConfigError("rollout_placement: disjoint is not supported yet, engines share the trainer's GPUs")
+    if rollout.rollout_partial:
+        raise ConfigError("rollout_partial: carrying answers on into the next step is not supported yet")
+    if config.model.freeze_vision and config.model.freeze_merger and config.model.freeze_language:
+        raise ConfigError("freeze_language: with vision and merger frozen too, nothing is left to learn")
     needs_fields = config.rl.old_logprobs == "engine" and config.rl.tis_cap is not None
     if needs_fields:
         raise ConfigError("tis_cap: corrects the trainer's old log-probs; it has no meaning with old_logprobs engine")

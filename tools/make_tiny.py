@@ -142,7 +142,7 @@ def randomise(model: Any, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name or "ln_q" in name
-            parameter.copy_(1 + 0.1 * noise if is_norm else 0.08 * noise)
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.05 * noise)
 
 
 def write_tokenizer(out: Path, vocab_size: int) -> dict[str, int]:

@@ -89,9 +89,10 @@ def step_metrics(
         "train/tokens_per_s": sum(update.tokens for update in updates) / seconds,
         "time/train": seconds,
     }
+    flops = sum(update.flops for update in updates) + extra_flops
+    metrics["train/flops"] = flops
     peak = device.peak_flops(torch.bfloat16 if dtype == "bf16" else torch.float32)
     if peak is not None:
-        flops = sum(update.flops for update in updates) + extra_flops
         metrics["train/mfu"] = flops / (seconds * peak * dist.get_world_size())
     return metrics
 

@@ -25,6 +25,9 @@ from dppo_mcore.learn.state import Learner
 from dppo_mcore.runtime import device
 from dppo_mcore.types import PackedBatch
 
+EVERY_COLUMN = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+"""What a rank without a micro-batch of its own must bring to any loss, without a value in it."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -136,7 +139,7 @@ def _run_schedule(
     """Per micro-batch what `evaluate` reported, on the last stage; elsewhere an empty list."""
     parallel = state.config.parallel
     virtual = len(state.chunks) > 1
-    columns = tuple(micro_batches[0].columns) if micro_batches else ()
+    columns = tuple(micro_batches[0].columns) if micro_batches else EVERY_COLUMN
     multiple = parallel.pipeline_model_parallel_size if virtual else 1
     media = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     filled = fill_up(micro_batches, multiple, state.pad_multiple, columns)

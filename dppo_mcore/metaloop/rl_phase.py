@@ -123,6 +123,7 @@ def _report(
     for name, task in verdict.tasks.items():
         values[f"rl/stagnation/{name}"] = task.score
         values[f"rl/success/{name}"] = task.success
+    values |= {f"data/{name}": value for name, value in run.source.metrics().items()}
     run.metrics.log(run.step, values, phase=phase.name, phase_step=step)
     if step % run.config.output.log_interval == 0:
         run.say(_line(phase.name, step, values, seconds))

@@ -48,12 +48,14 @@ def roll_out(
     prompts = load_prompts(run, ids, pool, horizon)
     decoded = time.perf_counter()
     requests = [
-        GenerationRequest(name, prompt, n - len(have), first_index=len(have), seed=run.config.run.seed_of(label))
+        GenerationRequest(name, prompt, count, first_index=first, seed=run.config.run.seed_of(label))
         for name, prompt in prompts.items()
-        if len(have := recorded.get(name, [])) < n
+        for first, count in owed([answer.rollout.index for answer in recorded.get(name, [])], n)
     ]
     rollouts = list(run.engine.generate(requests, sampling or run.sampling)) if requests else []
     generated = time.perf_counter()
+    if whole := next((rollout for rollout in rollouts if rollout.token_ids), None):
+        run.probe = (prompts[whole.sample_id], whole.token_ids)
     fresh = run.exchange.from_leader(lambda: score_all(run, pool, rollouts))
     everyone = run.exchange.at_rank0(fresh)
     if record is not None and run.exchange.rank == 0:
@@ -71,6 +73,17 @@ def roll_out(
         "time/reward": time.perf_counter() - generated,
     }
     return Batch(groups, seconds)
+
+
+def owed(have: Sequence[int], n: int) -> list[tuple[int, int]]:
+    """(first index, count) of each run of answers 0..n-1 that is missing."""
+    runs: list[tuple[int, int]] = []
+    for index in sorted(set(range(n)) - set(have)):
+        if runs and sum(runs[-1]) == index:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
 
 
 def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> dict[str, Prompt]:

@@ -29,7 +29,7 @@ from dppo_mcore.rollout.base import Engine, Sampling, make_engine, sampling_from
 from dppo_mcore.runtime import device, faults, parallel
 from dppo_mcore.runtime.files import replacing
 from dppo_mcore.runtime.log import Metrics, get_logger
-from dppo_mcore.types import Sample
+from dppo_mcore.types import Prompt, Sample
 
 POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
          "eval-general": "eval_general_data"}  # fmt: skip
@@ -73,6 +73,8 @@ class Run:
     _ledger: Ledger | None = field(repr=False, default=None)
     offloader: Offloader | None = field(repr=False, default=None)
     """Kept for its pinned buffers."""
+    probe: tuple[Prompt, tuple[int, ...]] | None = field(repr=False, default=None)
+    """A prompt and its newest answer, for the log-prob check after a weight sync."""
     step: int = 0
     """Optimizer steps and evaluations are counted over the whole run on this axis."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from dppo_mcore.data.packing import pack_groups
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
+from dppo_mcore.learn.step import logprobs
 from dppo_mcore.metaloop.run import Run
+from dppo_mcore.types import Prompt
 
 
 def push(run: Run) -> None:
@@ -24,8 +27,25 @@ def push(run: Run) -> None:
 
         if run.config.optimizer.offload:
             run.engine.wake(("weights",))
+        _set_probe(run)
         send(run.model.models, run.engine, run.step)
     run.metrics.log(run.step, {"time/sync": time.perf_counter() - began})
+
+
+def _set_probe(run: Run) -> None:
+    """Let the sync end with a check: the engine must give the last answer the log-probs that the trainer gives it."""
+    sync, probe = getattr(run.engine, "weight_sync", None), run.probe
+    if sync is None or probe is None or not isinstance(run.model, Learner):
+        return
+    prompt, answer = probe
+    learner = run.model
+    tokens = run.config.data.max_tokens_per_micro_batch
+
+    def trainer() -> tuple[Prompt, Sequence[int], Sequence[float]]:
+        batches = pack_groups([prompt], [[answer]], {}, learner.qwen, tokens, pad_multiple=learner.pad_multiple)
+        return prompt, answer, logprobs(learner, batches)[0].tolist()
+
+    sync.probe = trainer
 
 
 @contextmanager

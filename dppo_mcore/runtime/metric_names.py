@@ -37,6 +37,7 @@ UNITS: dict[str, str] = {
     "train/grad_norm": "L2 norm",
     "train/skipped_steps": "steps with non-finite gradients",
     "train/tokens_per_s": "tokens per second",
+    "train/flops": "floating-point operations of the step, ViT included",
     "train/mfu": "share of the device's peak, ViT included",
     "time/*": "seconds",
     "memory/*": "bytes",

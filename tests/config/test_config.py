@@ -77,6 +77,9 @@ WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--teacher-url", "ftp://x"], "teacher_url"),
     (1, ["--rollout-url", "http://127.0.0.1:1"], "rollout_url"),
     (1, ["--base-sft-steps", "5"], "base_data"),
+    (1, ["--rollout-placement", "disjoint"], "rollout_placement"),
+    (1, ["--rollout-partial"], "rollout_partial"),
+    (1, ["--freeze-vision", "--freeze-merger", "--freeze-language"], "freeze_language"),
     (1, ["--config", "/does/not/exist.yaml"], "--config"),
 ]  # fmt: skip
 

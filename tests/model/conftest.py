@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,34 +24,10 @@ class Case:
     oracle: str
 
 
-def _calm(source: str, folder: Path) -> str:
-    """A copy whose matrices are 0.6 times as large. At the full size the oracle's own log-probs are 2.4e-6 from their
-    fp64 values, which leaves no room to measure 2e-6."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, folder)
-    weights = load_file(folder / "model.safetensors")
-    scaled = {name: tensor * 0.6 if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
-    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
-def calm_dir(tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny checkpoint for comparisons in fp32."""
-    return _calm(tiny_dir, tmp_path_factory.mktemp("calm") / "untied")
-
-
-@pytest.fixture(scope="session")
-def calm_tied_dir(tiny_tied_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same, tied."""
-    return _calm(tiny_tied_dir, tmp_path_factory.mktemp("calm") / "tied")
-
-
-@pytest.fixture(scope="session")
-def qwen(calm_dir: str) -> QwenConfig:
+def qwen(tiny_dir: str) -> QwenConfig:
     """The tiny architecture."""
-    return load_qwen_config(calm_dir)
+    return load_qwen_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")
@@ -92,18 +66,18 @@ def group_rows(qwen: QwenConfig) -> list[list[Conversation]]:
 
 
 @pytest.fixture(scope="session")
-def mixed_case(calm_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
+def mixed_case(tiny_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
     """Plain conversations, packed."""
-    return make_case(calm_dir, mixed_rows(qwen))
+    return make_case(tiny_dir, mixed_rows(qwen))
 
 
 @pytest.fixture(scope="session")
-def tied_case(calm_tied_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
+def tied_case(tiny_tied_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
     """The same with tied embeddings."""
-    return make_case(calm_tied_dir, mixed_rows(qwen))
+    return make_case(tiny_tied_dir, mixed_rows(qwen))
 
 
 @pytest.fixture(scope="session")
-def group_case(calm_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
+def group_case(tiny_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
     """Groups with shared prompts."""
-    return make_case(calm_dir, group_rows(qwen))
+    return make_case(tiny_dir, group_rows(qwen))

@@ -19,9 +19,9 @@ GRIDS = ((1, 4, 6), (3, 4, 4), (2, 8, 12), (1, 2, 2), (2, 10, 6))
 
 
 @pytest.fixture(scope="module")
-def towers(calm_dir: str, qwen: QwenConfig) -> tuple[Any, VisionTower]:
+def towers(tiny_dir: str, qwen: QwenConfig) -> tuple[Any, VisionTower]:
     """The oracle's tower and ours with its weights."""
-    theirs = load_reference(calm_dir).model.visual
+    theirs = load_reference(tiny_dir).model.visual
     ours = VisionTower(qwen.vision)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
@@ -77,10 +77,10 @@ def test_frozen_tower_keeps_no_activations(qwen: QwenConfig) -> None:
     assert not embeddings.requires_grad
 
 
-def test_frozen_parts_have_no_optimizer_state(pool2: RankPool, calm_dir: str) -> None:
+def test_frozen_parts_have_no_optimizer_state(pool2: RankPool, tiny_dir: str) -> None:
     """Freezing removes exactly the frozen parameters from the optimizer."""
     counts = {
-        frozen: pool2.run(optimizer_elements, calm_dir, layout(), replace(TRAIN_ALL, freeze_vision=frozen))[0]
+        frozen: pool2.run(optimizer_elements, tiny_dir, layout(), replace(TRAIN_ALL, freeze_vision=frozen))[0]
         for frozen in (False, True)
     }
     assert counts[False]["optimizer"] == counts[False]["language"] + counts[False]["vision"]
@@ -119,10 +119,10 @@ def test_frames_are_dealt_by_patches() -> None:
     "grids", [((4, 8, 8),), ((1, 4, 6),), GRIDS], ids=["eight-frame-clip", "fewer-frames-than-ranks", "mixed"]
 )
 def test_sharded_frames_equal_the_whole_tower(
-    pool2: RankPool, calm_dir: str, qwen: QwenConfig, grids: tuple[tuple[int, int, int], ...]
+    pool2: RankPool, tiny_dir: str, qwen: QwenConfig, grids: tuple[tuple[int, int, int], ...]
 ) -> None:
     """At TP2 embeddings and gradients are those of one rank; a clip costs each rank about half the operations."""
-    arguments = (calm_dir, TRAIN_ALL, random_patches(qwen, grids), grids)
+    arguments = (tiny_dir, TRAIN_ALL, random_patches(qwen, grids), grids)
     whole = pool2.run(encode_and_differentiate, layout(), *arguments)[0]
     halves = pool2.run(encode_and_differentiate, layout(2), *arguments)
     for half in halves:
