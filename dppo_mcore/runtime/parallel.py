@@ -39,7 +39,7 @@ def reinit(parallel: ParallelConfig, seed: int) -> None:
     """Lay Megatron's groups anew over a living process group, and seed every generator."""
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    _drop_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -49,6 +49,17 @@ def reinit(parallel: ParallelConfig, seed: int) -> None:
         create_gloo_process_groups=True,
     )
     seed_everything(seed)
+
+
+def _drop_groups() -> None:
+    """End all groups but the world: Megatron forgets its groups without ending them, and each holds threads."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def seed_everything(seed: int) -> None:
