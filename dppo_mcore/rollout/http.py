@@ -231,7 +231,7 @@ class HttpReceiver:
         client.post(
             "/update_weights_from_tensor",
             serialized_named_tensors=[text] * client.tensor_parallel,
-            flush_cache=False,
+            flush_cache=True,
             weight_version=str(self._version),
         )
 
@@ -263,7 +263,7 @@ class HttpReceiver:
                 shapes=[list(meta.shape) for meta in metas],
                 group_name=weight_group.GROUP,
                 load_format="flattened_bucket",
-                flush_cache=False,
+                flush_cache=True,
                 weight_version=str(self._version),
             )
             send()
@@ -271,14 +271,12 @@ class HttpReceiver:
 
     def load_disk(self, path: str, version: int) -> None:
         """A Hugging Face directory both machines see."""
-        self._client().post(
-            "/update_weights_from_disk", model_path=path, weight_version=str(version), flush_cache=False
-        )
+        self._client().post("/update_weights_from_disk", model_path=path, weight_version=str(version), flush_cache=True)
 
     def end(self, version: int) -> None:
-        """Close the session, drop what older weights cached, let requests go on."""
+        """Close the session and let requests go on. What older weights cached went with each bucket: a flush of its
+        own, asked for while retracted requests wait, leaves SGLang 0.5.23 spinning."""
         self._client().post("/end_weight_update")
-        self._client().flush()
         self._client().resume()
 
     def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:

@@ -28,7 +28,11 @@ KINDS = (*WAYS, "outside")
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """The manifest, and the way of damage by sample id."""
-    folder = tmp_path_factory.mktemp("pool")
+    return make_pool(tmp_path_factory.mktemp("pool"))
+
+
+def make_pool(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Writes the clips; returns the manifest and the way of damage by sample id."""
     good = [
         write_clip(folder / f"good{n}.mp4", codec, frames=16, fps=8, size=(56, 56))
         for n, codec in enumerate(("h264", "mpeg4", "h264"))

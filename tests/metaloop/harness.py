@@ -41,10 +41,10 @@ def make_world(folder: Path) -> Path:
 def command(world: Path, run: Path, ranks: int = 1, **changes: object) -> list[str]:
     """The command line of a run; `changes` are options with underscores."""
     options = OPTIONS | {name.replace("_", "-"): value for name, value in changes.items()}
-    options |= {"model": world / "base", "data": world / "pool.jsonl", "base-data": world / "base.jsonl",
+    options = {"model": world / "base", "data": world / "pool.jsonl", "base-data": world / "base.jsonl",
                 "general-data": world / "general.jsonl", "eval-data": world / "eval.jsonl",
                 "eval-general-data": world / "eval_general.jsonl", "teacher-file": world / "teacher.jsonl",
-                "run-folder": run}  # fmt: skip
+                "run-folder": run, **options}  # fmt: skip
     flags: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):

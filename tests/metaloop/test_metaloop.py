@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dppo_mcore.practice.ledger import Ledger
+from tests.data.test_damaged_pool import make_pool
 from tests.metaloop import harness
 from tests.support.sglang_server import PYTHON as SGLANG_PYTHON
 
@@ -112,3 +113,15 @@ def test_the_loop_runs_on_the_real_sglang(world: Path, tmp_path: Path) -> None:
         assert all(phase.state == "done" for phase in ledger.phases())
         versions = {v[0] for row in ledger.all_rollouts("1-1 RL") for v in row.scored.rollout.weight_versions}
         assert len(versions) == 4
+
+
+@pytest.mark.slow
+def test_training_goes_through_a_pool_with_damaged_clips(world: Path, tmp_path: Path) -> None:
+    manifest, ways = make_pool(tmp_path)
+    # 60 steps of 16 see every one of the 994 readable rows once, and a few twice.
+    options = {"base_data": manifest, "base_sft_steps": 63, "mode": "rl-only", "rl_max_steps": 2, "fps": 4}
+    harness.finish(harness.command(world, tmp_path / "run", **options), tmp_path / "log")
+    with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
+        assert all(phase.state == "done" for phase in ledger.phases())
+        named = {Path(path).stem for path in ledger.quarantined()}
+    assert named == {name for name, way in ways.items() if way != "outside"}
