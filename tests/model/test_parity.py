@@ -63,6 +63,14 @@ def check(pool: RankPool, case: Case, parallel: ParallelConfig, model: ModelConf
         assert result["gradient"] <= GRADIENT_BAR, result
 
 
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("model", [TRAIN_ALL, FULL], ids=["plain", "full-recompute"])
+def test_one_rank(mixed_case: Case, group_case: Case, model: ModelConfig) -> None:
+    for case in (mixed_case, group_case):
+        result = parity(case.folder, layout(), model, case.batches, case.oracle)
+        assert result["logprob"] <= LOGPROB_BAR and result["gradient"] <= GRADIENT_BAR, result
+
+
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks(pool2: RankPool, mixed_case: Case, name: str) -> None:
     check(pool2, mixed_case, *TWO_RANKS[name])
