@@ -155,3 +155,16 @@ def test_help_needs_no_heavy_package_and_is_quick(tmp_path: Path) -> None:
 def test_importing_the_package_opens_no_cuda_context() -> None:
     code = "import dppo_mcore, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("name", "world"), [("qwen7b-1node", 8), ("qwen72b-8nodes", 64), ("qwen72b-32nodes", 256)])
+def test_the_cluster_examples_ask_for_nothing_refused(name: str, world: int) -> None:
+    """Their paths are the user's; everything else must pass the trainer's own checks."""
+    config = load(["--config", str(ROOT / "examples" / f"{name}.yaml")], prog="train")
+    config_checks._check_ranges(
+        {key: value for section in vars(config).values() for key, value in vars(section).items()}
+    )
+    config_checks._check_layout(config, world)
+    config_checks._check_training(config, world)
+    with pytest.raises(ConfigError, match="rollout_partial"):
+        config_checks._check_training(override(config, rollout_partial=True), world)
