@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -57,6 +59,20 @@ def read_number(frame_CHW: Tensor) -> int:
     return sum(int(columns[int(centre)] > 125) << bit for bit, centre in enumerate(centres))
 
 
+@contextmanager
+def own_scheduling() -> Iterator[None]:
+    """Give this thread its scheduling back at the end.
+
+    SVT-AV1 under root makes its caller SCHED_FIFO 99, and all later threads and children inherit it: two of them that
+    compute without a pause then hold two cores for ever.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_clip(
     path: str | Path,
     codec: str = "h264",
@@ -74,7 +90,8 @@ def write_clip(
     how = CODECS[codec]
     height, width = size
     odd = height % 2 or width % 2
-    with av.open(str(path), "w", options={"movflags": "faststart"} if streaming else {}) as container:
+    options = {"movflags": "faststart"} if streaming else {}
+    with own_scheduling(), av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(how.encoder, rate=fps, options=dict(how.options))
         stream.width, stream.height = width, height
         stream.pix_fmt = how.odd_pixels if odd and how.odd_pixels else how.pixels
