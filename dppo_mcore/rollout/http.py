@@ -33,6 +33,8 @@ KEY_VARIABLE = "DPPO_ENGINE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_PREFIXES = ("model.layers.", "model.embed_tokens.", "model.norm.", "visual.", "lm_head.")
 WAIT_S = 300.0
+CONTROL_S = 60.0
+"""Pausing, going on, aborting and flushing take a moment; a server that needs longer hangs."""
 
 
 def check_url(url: str, key: str) -> str:
@@ -158,23 +160,23 @@ class HttpClient:
 
     def abort(self, rid: str | None = None) -> None:
         """End one request, or all."""
-        self.post("/abort_request", **({"abort_all": True} if rid is None else {"rid": rid}))
+        self.post("/abort_request", CONTROL_S, **({"abort_all": True} if rid is None else {"rid": rid}))
 
     def pause(self) -> None:
         """Hold running requests; their cache goes."""
-        self.post("/pause_generation", mode="retract")
+        self.post("/pause_generation", CONTROL_S, mode="retract")
         self._paused = True
 
     def resume(self) -> None:
         """Let them go on."""
-        self.post("/continue_generation")
+        self.post("/continue_generation", CONTROL_S)
         self._paused = False
 
     def flush(self) -> None:
         """Empty the cache. Right after a response the server still counts it as running, so ask more than once."""
         for attempt in range(20):
             try:
-                self.post("/flush_cache?timeout=5")
+                self.post("/flush_cache?timeout=5", CONTROL_S)
                 return
             except Refused:
                 if attempt == 19:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.base import EngineError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+SEND_TIMEOUT_S = 60
+"""A living sidecar reads at once; one that takes nothing for so long hangs."""
 
 
 class EngineDied(ConnectionError):  # noqa: N818 - an event to recover from, not a mistake
@@ -46,6 +49,7 @@ class SidecarClient:
         self._numbers = itertools.count()
         self._futures: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._closed = threading.Event()
         self.log = log
         self._folder = Path(tempfile.mkdtemp(prefix="dppo-engine-"))
@@ -84,11 +88,12 @@ class SidecarClient:
                 future.set_exception(EngineDied(f"the engine is gone; its log is {self.log}"))
                 return future
             self._futures[number] = future
-            try:
+        try:
+            with self._sending:
                 self._connection.sendall(message)
-            except OSError:
-                del self._futures[number]
-                future.set_exception(EngineDied(f"the engine is gone; its log is {self.log}"))
+        except OSError:
+            # Part of a message may be out, so the connection is of no use; the reader then fails what is open.
+            self._hang_up()
         return future
 
     def call(self, op: str, timeout_s: float = 600.0, **arguments: Any) -> Any:
@@ -103,22 +108,28 @@ class SidecarClient:
         process = getattr(self, "_process", None)
         connection = getattr(self, "_connection", None)
         if connection is not None:
-            with self._lock:
-                try:
-                    connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+            self._hang_up()
         if process is not None:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            process.wait()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                pass  # killed, but held up in the kernel
         if connection is not None:
             self._reader.join(timeout=10)
             connection.close()
         self._fail_all()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _hang_up(self) -> None:
+        """End the connection; wakes whoever reads from it or writes to it."""
+        try:
+            self._connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
 
     def _spawn(
         self, python: str, address: str, options: Mapping[str, Any], environment: Mapping[str, str]
@@ -156,9 +167,7 @@ class SidecarClient:
         while True:
             try:
                 connection, _ = listener.accept()
-                connection.settimeout(None)
-                wire.receive(connection)
-                return connection
+                return self._greet(connection)
             except TimeoutError:
                 if self._process.poll() is not None:
                     raise EngineError(
@@ -169,6 +178,18 @@ class SidecarClient:
                     raise EngineError(
                         f"the engine was not up within {timeout_s:.0f} s; its log is {self.log}"
                     ) from None
+
+    def _greet(self, connection: socket.socket) -> socket.socket:
+        """Take the sidecar's first message, and let no later one of ours block for ever."""
+        connection.settimeout(SEND_TIMEOUT_S)
+        try:
+            wire.receive(connection)
+        except OSError as error:
+            connection.close()
+            raise EngineError(f"the engine ended while it started ({error}); its log is {self.log}") from None
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
+        return connection
 
     def last_words(self) -> str:
         """Last line of the engine's log that isn't empty."""
@@ -195,6 +216,8 @@ class SidecarClient:
                 else:
                     future.set_exception(RuntimeError(message["error"]))
         except (OSError, ValueError):
+            pass
+        finally:
             self._fail_all()
 
     def _fail_all(self) -> None:

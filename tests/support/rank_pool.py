@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -37,6 +39,7 @@ def _serve(rank: int, world: int, port: int, connection: Connection) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     import torch
 
     torch.set_num_threads(1)
@@ -106,6 +109,13 @@ class RankPool:
             self._connections.append(ours)
         self._collect("ready", self._start_timeout_s)
 
+    def _show_stacks(self, ranks: set[int]) -> None:
+        """Have these ranks write what they are doing to stderr."""
+        for rank in ranks:
+            if self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(1.0)
+
     def _collect(self, expected: str, timeout_s: float) -> list[Any]:
         """Waits for every rank, but only a moment for the others once one has failed."""
         answers: dict[int, Any] = {}
@@ -118,6 +128,7 @@ class RankPool:
             if not ready:
                 if errors:
                     break
+                self._show_stacks(open_ranks)
                 raise RankError(f"ranks {sorted(open_ranks)} did not answer within {timeout_s:.0f} s")
             for rank in [rank for rank in open_ranks if self._connections[rank] in ready]:
                 open_ranks.discard(rank)

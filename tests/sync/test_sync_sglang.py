@@ -45,6 +45,11 @@ def ranks_tp2(pool4: RankPool, tiny_dir: str, sglang_python: str, tmp_path_facto
     yield from running(pool4, cases.config(tiny_dir, run, sglang_python, rollout_tensor_parallel_size=2, **LAYOUT))
 
 
+def figures(found: dict[str, Any]) -> str:
+    """Largest and mean differences, for the record of a run (`pytest -rP`)."""
+    return "{tokens} tokens: max sampled {sampled:.2e}, max scored {scored:.2e}, mean {mean:.2e}".format_map(found)
+
+
 def check_transport(pool: RankPool, prompts: list[Prompt], transport: str, tolerance: float) -> None:
     """Other weights, one push, fingerprints equal (or push fails), same log-probs on every rank."""
     pool.run(jobs.disturb, len(transport))
@@ -52,6 +57,7 @@ def check_transport(pool: RankPool, prompts: list[Prompt], transport: str, toler
     assert reports[0]["buckets"] > 4
     assert reports[0]["peak"] <= 2 * (256 << 10) + reports[0]["largest"]
     found = pool.run(jobs.compare, prompts)
+    print(figures(found[0]))
     assert all(one["ids"] == found[0]["ids"] for one in found)
     assert found[0]["greedy"] == found[0]["ids"], "greedy ids differ from the embedded engine's"
     assert found[0]["sampled"] <= tolerance
@@ -68,6 +74,7 @@ def test_the_engine_computes_the_trainers_model(ranks: RankPool, tiny_dir: str, 
 def test_clips_of_every_length_and_rate(ranks: RankPool, tiny_dir: str) -> None:
     """20 clips of 2 to 16 frames at 0.5 to 8 frames per second, through embeddings: within 1e-5."""
     found = ranks.run(jobs.compare, cases.videos(load_qwen_config(tiny_dir)))[0]
+    print(figures(found))
     assert found["sampled"] <= 1e-5
     assert found["scored"] <= 1e-5
 
@@ -89,8 +96,10 @@ def test_the_engine_is_not_blind(ranks: RankPool, tiny_dir: str) -> None:
     shuffled = swapped(clip, [2, 0, 3, 1])
     answer = [11, 12, 13, 14]
     rows = torch.tensor(ranks.run(jobs.score, [clip, other, shuffled], [answer] * 3)[0])
-    assert (rows[0] - rows[1]).abs().max() >= 10 * 1e-5
-    assert (rows[0] - rows[2]).abs().max() >= 10 * 1e-5
+    other_moves, shuffling_moves = (rows[0] - rows[1]).abs().max(), (rows[0] - rows[2]).abs().max()
+    print(f"another clip moves log-probs by {other_moves:.2e}, its frames shuffled by {shuffling_moves:.2e}")
+    assert other_moves >= 10 * 1e-5
+    assert shuffling_moves >= 10 * 1e-5
 
 
 def test_a_group_shares_its_prompt_in_the_cache(ranks: RankPool, tiny_dir: str) -> None:
@@ -147,4 +156,6 @@ def test_bf16(pool4: RankPool, tiny_dir: str, sglang_python: str, tmp_path: Path
     config = cases.config(tiny_dir, str(tmp_path), sglang_python, dtype="bf16", **LAYOUT)
     for pool in running(pool4, config):
         pool.run(jobs.push, "ipc")
-        assert pool.run(jobs.compare, cases.mixed(load_qwen_config(tiny_dir)))[0]["mean"] <= 0.01
+        found = pool.run(jobs.compare, cases.mixed(load_qwen_config(tiny_dir)))[0]
+        print(figures(found))
+        assert found["mean"] <= 0.01
