@@ -146,6 +146,8 @@ class RolloutConfig:
     """Size of a weight bucket."""
     rollout_partial: bool = False
     """Carry unfinished answers on under new weights instead of waiting for the longest."""
+    rollout_step_tokens: int = 0
+    """With rollout_partial: new tokens an answer gets in one step; 0 is a quarter of max_response_tokens."""
     rollout_max_in_flight: int = 256
     """Most requests in flight per engine."""
     rollout_timeout_s: float = 600.0
@@ -329,6 +331,8 @@ class PracticeConfig:
     """Share of weak samples in the SFT mix, by tokens. [ours]"""
     mix_retrieved: float = 0.3
     """Share of retrieved samples. [ours]"""
+    mix_own: float = 0.0
+    """Share of the model's own verified answers to what RL practised, against losing what it revealed. [ours]"""
     mix_general: float = 0.2
     """Share of general data. [ours]"""
     prompt_template: str = ""

@@ -1,4 +1,4 @@
-"""The SFT corpus of a loop: weak, retrieved and general data, mixed by shares of learnt tokens.
+"""The SFT corpus of a loop: weak, retrieved, own and general data, mixed by shares of learnt tokens.
 
 Every item knows why it's there. The weak items set the size; the other sources are taken up to their share of it, and
 a source that has less gives what it has (the shares reached are part of the result).
@@ -6,16 +6,17 @@ a source that has less gives what it has (the shares reached are part of the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 from dppo_mcore.practice.ledger import Ledger, SftItem, TeacherAnswer
 from dppo_mcore.practice.prompts import PromptTemplate
 from dppo_mcore.practice.retrieval import Related
+from dppo_mcore.practice.weakness import spread
 from dppo_mcore.types import Sample
 
-SOURCES = ("weak", "retrieved", "general")
+SOURCES = ("weak", "retrieved", "own", "general")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Corpus:
 
     def summary(self) -> str:
         """One line for log and ledger."""
-        parts = [f"{source} {share:.0%}" for source, share in self.shares().items()]
+        parts = [f"{source} {share:.0%}" for source, share in self.shares().items() if self.available[source]]
         return f"{len(self.items)} items, {sum(self.tokens.values())} tokens: {', '.join(parts)}"
 
 
@@ -89,6 +90,23 @@ def retrieved_candidates(
     return found
 
 
+def own_candidates(
+    practised: Mapping[str, str], ledger: Ledger, count_tokens: Callable[[str], int], *, seed: int
+) -> list[Candidate]:
+    """The model's own newest verified answers to what it practised (objectives by id), every objective in turn.
+
+    A corpus of weaknesses pulls the policy away from what RL has just taught; these answers hold it there.
+    """
+    found = []
+    for name in spread(practised, 0, seed):
+        own = ledger.verified(name)
+        if own is not None:
+            text, phase, step = own
+            why = f"keeps what RL revealed: own verified rollout of {phase}, step {step}"
+            found.append(Candidate(name, "own", text, count_tokens(text), why))
+    return found
+
+
 def general_candidates(
     samples: Iterable[Sample], template: PromptTemplate, count_tokens: Callable[[str], int], *, seed: int
 ) -> list[Candidate]:
@@ -114,16 +132,22 @@ def general_candidates(
 
 
 def mix(
-    candidates: Sequence[Candidate], *, weak: float = 0.5, retrieved: float = 0.3, general: float = 0.2, seed: int = 0
+    candidates: Sequence[Candidate],
+    *,
+    weak: float = 0.5,
+    retrieved: float = 0.3,
+    own: float = 0.0,
+    general: float = 0.2,
+    seed: int = 0,
 ) -> Corpus:
     """Take candidates of each source, in order, up to its share of tokens, and shuffle them by the seed.
 
     The whole is as large as all weak items at their share; without weak items as the retrieved ones at theirs, and
     without either there is nothing to repair: the corpus is empty.
     """
-    shares = dict(zip(SOURCES, (weak, retrieved, general), strict=True))
+    shares = dict(zip(SOURCES, (weak, retrieved, own, general), strict=True))
     if min(shares.values()) < 0 or sum(shares.values()) <= 0:
-        raise ValueError(f"mix_weak, mix_retrieved and mix_general must be >= 0 and not all 0, got {shares}")
+        raise ValueError(f"mix_weak, mix_retrieved, mix_own, mix_general must be >= 0 and not all 0, got {shares}")
     available = {source: sum(c.tokens for c in candidates if c.source == source) for source in SOURCES}
     size = next((available[s] / shares[s] for s in ("weak", "retrieved") if shares[s] > 0 and available[s]), 0.0)
     taken: list[Candidate] = []

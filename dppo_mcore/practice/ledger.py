@@ -82,7 +82,7 @@ class SftItem:
     position: int
     sample_id: str
     source: str
-    """weak, retrieved or general."""
+    """weak, retrieved, own or general."""
     answer: str
     tokens: int
     why: str

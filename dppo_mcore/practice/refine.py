@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from dppo_mcore.config import PracticeConfig
 from dppo_mcore.practice.corpus import (
+    SOURCES,
     Corpus,
     general_candidates,
     mix,
+    own_candidates,
     retrieved_candidates,
     weak_candidates,
 )
@@ -39,7 +41,7 @@ def refine(
     """
     recorded = ledger.corpus(sft)
     if recorded:
-        tokens = {source: 0 for source in ("weak", "retrieved", "general")}
+        tokens = dict.fromkeys(SOURCES, 0)
         for item in recorded:
             tokens[item.source] += item.tokens
         return Corpus(recorded, tokens, tokens)
@@ -48,13 +50,20 @@ def refine(
     others = (sample for name, sample in pool.items() if name not in practised)
     related = retrieve(weak_samples, others, neighbours=config.retrieval_neighbours, model=config.retrieval_model)
     usable = weak_candidates(kept, template, count_tokens)
+    rehearsed = {name: pool[name].objective for name in practised if name in pool} if config.mix_own else {}
     candidates = [
         *usable,
         *retrieved_candidates(related, ledger, template, count_tokens),
+        *own_candidates(rehearsed, ledger, count_tokens, seed=seed),
         *general_candidates(general, template, count_tokens, seed=seed),
     ]
     corpus = mix(
-        candidates, weak=config.mix_weak, retrieved=config.mix_retrieved, general=config.mix_general, seed=seed
+        candidates,
+        weak=config.mix_weak,
+        retrieved=config.mix_retrieved,
+        own=config.mix_own,
+        general=config.mix_general,
+        seed=seed,
     )
     numbers = {
         "weak_samples": len(weak_samples),

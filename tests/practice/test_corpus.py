@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dppo_mcore.config import PracticeConfig
-from dppo_mcore.practice.corpus import Candidate, general_candidates, mix
+from dppo_mcore.practice.corpus import Candidate, general_candidates, mix, own_candidates
 from dppo_mcore.practice.curriculum import horizon, schedule
 from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
 from dppo_mcore.practice.prompts import INSTRUCTIONS, PromptTemplate, load_template
@@ -38,7 +38,8 @@ def rolled(name: str, wins: int, of: int = 4) -> list[ScoredRollout]:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    kinds = [("1-1 buffer", "buffer"), ("1-1 RL", "rl"), ("1-2 weakness", "weakness"), ("1-2 SFT", "sft")]
+    kinds = [("1-1 buffer", "buffer"), ("1-1 RL", "rl"), ("1-2 weakness", "weakness"), ("1-2 SFT", "sft"),
+             ("2-2 SFT", "sft")]  # fmt: skip
     ledger.plan([PhasePlan(name, 1, kind) for name, kind in kinds])
     return ledger
 
@@ -136,13 +137,27 @@ def test_mix_by_token_shares() -> None:
 
 def test_mix_when_a_source_is_short_or_empty() -> None:
     short = mix([*made("weak", 50), *made("retrieved", 3), *made("general", 500)])
-    assert short.tokens == {"weak": 500, "retrieved": 30, "general": 200}
+    assert short.tokens == {"weak": 500, "retrieved": 30, "own": 0, "general": 200}
     only = mix([*made("retrieved", 30), *made("general", 500)])
-    assert only.tokens == {"weak": 0, "retrieved": 300, "general": 200}
+    assert only.tokens == {"weak": 0, "retrieved": 300, "own": 0, "general": 200}
     assert mix(made("general", 500)).items == []
     assert mix([]).items == []
     with pytest.raises(ValueError, match="mix_weak"):
         mix([], weak=0, retrieved=0, general=0)
+
+
+def test_own_verified_answers_hold_what_rl_revealed(ledger: Ledger) -> None:
+    pool = [sample(f"c{i}", "counting") for i in range(40)] + [sample(f"p{i}", "planning") for i in range(4)]
+    ledger.add_samples(pool, "rl")
+    for one in pool:
+        ledger.record_rollouts("1-1 RL", 0, rolled(one.id, 0 if one.id in ("c0", "p0") else 2))
+    found = own_candidates({one.id: one.objective for one in pool}, ledger, len, seed=0)
+    assert {c.sample_id for c in found} == {one.id for one in pool} - {"c0", "p0"}
+    assert Counter(c.sample_id[0] for c in found[:6]) == {"c": 3, "p": 3}
+    assert all(c.source == "own" and "own verified rollout of 1-1 RL, step 0" in c.why for c in found)
+    corpus = mix([*made("weak", 20), *made("own", 100)], weak=0.4, retrieved=0.0, own=0.6, general=0.0)
+    assert corpus.tokens == {"weak": 200, "retrieved": 0, "own": 300, "general": 0}
+    assert corpus.summary().endswith("weak 40%, own 60%")
 
 
 def test_general_replay_covers_every_format() -> None:
@@ -182,6 +197,10 @@ def test_refine_from_end_to_end_and_once(ledger: Ledger) -> None:
     assert decision.numbers["without_reasoning"] == 1 and "1 teacher answers without" in decision.reason
     again = refine(ledger, **{**arguments, "seed": 99})
     assert again.items == corpus.items
+    rehearsing = PracticeConfig(mix_retrieved=0.1, mix_own=0.2)
+    pool_practised = arguments["practised"] | {"s15"}
+    own = refine(ledger, **{**arguments, "sft": "2-2 SFT", "config": rehearsing, "practised": pool_practised})
+    assert [item.sample_id for item in own.items if item.source == "own"] == ["s15"]
 
 
 def test_schedule() -> None:
