@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,9 @@ import yaml
 
 from dppo_mcore.config import Config
 from dppo_mcore.runtime.errors import UserError
+
+SAYING_S = 5.0
+"""A node's other ranks leave its first one this long to say what is wrong with all of them."""
 
 
 class ConfigError(UserError):
@@ -43,7 +48,9 @@ def load_or_exit(arguments: Sequence[str], prog: str, description: str = "") -> 
 
 
 def fail(error: Exception) -> NoReturn:
-    """End with one line on stderr."""
+    """End with one line on stderr: a node's first rank says it, and its launcher then ends the others."""
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(SAYING_S)
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -99,15 +106,15 @@ def _field_names() -> list[str]:
     return [field.name for _, field in _fields()]
 
 
-def nearest(name: str) -> str:
-    """', did you mean X?' for a misspelt option, or nothing."""
-    close = difflib.get_close_matches(name.replace("-", "_").lstrip("_"), _field_names(), n=1)
+def nearest(name: str, known: Iterable[str] = ()) -> str:
+    """', did you mean X?' for a misspelt option (or one of `known`), or nothing."""
+    close = difflib.get_close_matches(name.replace("-", "_").lstrip("_"), list(known) or _field_names(), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def _from_file(path: Path) -> Config:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_KeysOnce)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -123,7 +130,20 @@ def _from_file(path: Path) -> Config:
     try:
         return _from_flags(_file_flags(content), Config(), prog="config", description="")
     except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        # The file's values went through flags, its keys are what the user knows.
+        line = re.sub(r"^--([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise ConfigError(f"--config {path}: {line}") from None
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, not silently the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if keys[number] in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"{keys[number]}: given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _file_flags(content: dict[str, Any]) -> list[str]:
@@ -132,29 +152,38 @@ def _file_flags(content: dict[str, Any]) -> list[str]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        entries = value if name in sections and isinstance(value, dict) else {key: value}
-        for inner, inner_value in entries.items():
+        is_section = name in sections and (value is None or isinstance(value, dict))
+        if name in sections and not is_section and name not in _field_names():
+            raise ConfigError(f"{key}: a section of options is needed, not {value!r}")
+        for inner, inner_value in ((value or {}) if is_section else {key: value}).items():
             inner_name = str(inner).replace("-", "_")
             if inner_name not in _field_names():
                 raise ConfigError(f"{inner}: no such option{nearest(inner_name)}")
             if inner_name in flat:
                 raise ConfigError(f"{inner}: given twice")
             flat[inner_name] = inner_value
-    flags: list[str] = []
     types = {field.name: str(field.type) for _, field in _fields()}
-    for name, value in flat.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool) != (types[name] == "bool"):
-            raise ConfigError(f"{name}: {value!r} is not of type {types[name]}")
-        if isinstance(value, bool):
-            flags.append(flag if value else "--no-" + name.replace("_", "-"))
-        elif isinstance(value, dict):
-            raise ConfigError(f"{name}: a value is needed, not a mapping")
-        elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
-        else:
-            flags += [flag, str(value)]
-    return flags
+    return [flag for name, value in flat.items() for flag in _flags_of(name, value, types[name])]
+
+
+def _flags_of(name: str, value: Any, kind: str) -> list[str]:
+    """One option of a file as flags."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, dict):
+        raise ConfigError(f"{name}: a value is needed, not a mapping")
+    if (
+        isinstance(value, bool) != (kind == "bool")
+        or (value is None and "None" not in kind)
+        or (isinstance(value, list) and not kind.startswith("tuple"))
+    ):
+        raise ConfigError(f"{name}: {value!r} is not of type {kind}")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if not isinstance(value, list):
+        return [f"{flag}={value}"]
+    if strange := next((item for item in value if str(item).startswith("--")), None):
+        raise ConfigError(f"{name}: {strange!r} reads as a flag; no value may begin with --")
+    return [flag, *map(str, value)]
 
 
 def _from_flags(flags: list[str], default: Config, prog: str, description: str) -> Config:

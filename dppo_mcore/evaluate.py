@@ -8,7 +8,6 @@ Prints a table and writes JSON. Options are those of the trainer.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,9 +88,9 @@ def main() -> None:
         config, out = parse(sys.argv[1:])
     except ConfigError as error:
         fail(error)
+    config_checks.check_or_exit(config, training=False)
 
     def guarded() -> None:
-        config_checks.check(config, int(os.environ.get("WORLD_SIZE", "1")), training=False)
         evaluate(config, out)
 
     faults.run_guarded(guarded)

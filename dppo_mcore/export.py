@@ -9,7 +9,6 @@ checkpoint: give the layout that makes the model fit.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,9 +72,9 @@ def main() -> None:
         config, out = parse(sys.argv[1:])
     except ConfigError as error:
         fail(error)
+    config_checks.check_or_exit(config, training=False)
 
     def guarded() -> None:
-        config_checks.check(config, int(os.environ.get("WORLD_SIZE", "1")), training=False)
         export(config, out)
 
     faults.run_guarded(guarded)

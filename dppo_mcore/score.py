@@ -11,7 +11,6 @@ logprobs[i] belongs to token_ids[i] (null for the first), at temperature 1. The 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -234,9 +233,9 @@ def main() -> None:
         config, out = parse(sys.argv[1:])
     except ConfigError as error:
         fail(error)
+    config_checks.check_or_exit(config, training=False)
 
     def guarded() -> None:
-        config_checks.check(config, int(os.environ.get("WORLD_SIZE", "1")), training=False)
         score(config, out)
 
     faults.run_guarded(guarded)

@@ -48,9 +48,9 @@ def train(config: Config) -> None:
 def main() -> None:
     """Check the configuration, then train so that a failing rank ends the whole job."""
     config = load_or_exit(sys.argv[1:], "python -m dppo_mcore.train", __doc__ or "")
+    config_checks.check_or_exit(config)
 
     def guarded() -> None:
-        config_checks.check(config, int(os.environ.get("WORLD_SIZE", "1")))
         start_logging(Path(config.run.run), int(os.environ.get("RANK", "0")))
         train(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dppo_mcore import config_checks
+from dppo_mcore import config_checks, config_loading
+from dppo_mcore.config import Config
 from dppo_mcore.config_loading import ConfigError, load, override, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +80,32 @@ WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--rollout-url", "http://127.0.0.1:1"], "rollout_url"),
     (1, ["--base-sft-steps", "5"], "base_data"),
     (1, ["--rollout-placement", "disjoint"], "rollout_placement"),
+    (1, ["--rollout-placement", "disjoint", "--rollout-engine", "sglang", "--rollout-python", sys.executable],
+     "rollout_placement"),
     (1, ["--rollout-partial"], "rollout_partial"),
+    (1, ["--rollout-partial", "--tis-cap", "2", "--rollout-step-tokens", "2000"], "rollout_step_tokens"),
+    (1, ["--rollout-partial", "--tis-cap", "2", "--dump-rollouts", "dump"], "rollout_partial"),
     (1, ["--freeze-vision", "--freeze-merger", "--freeze-language"], "freeze_language"),
     (1, ["--config", "/does/not/exist.yaml"], "--config"),
+    (1, ["--config", "/"], "--config"),
+    (1, ["--data", "/"], "data"),
+    (1, ["--media-root", "/dev/null"], "media_root"),
+    (1, ["--load", "/dev/null"], "load"),
+    (1, ["--run", "/dev/null/below"], "run"),
+    (1, ["--save", "/dev/null"], "save"),
+    (1, ["--save", "/proc/none"], "save"),
+    (1, ["--rl-lr", "inf"], "rl_lr"),
+    (1, ["--seed", "4294967296"], "seed"),
+    (1, ["--adam-beta2", "1"], "adam_beta2"),
+    (1, ["--overlong-penalty-tokens", "2000"], "overlong_penalty_tokens"),
+    (1, ["--rollout-engine", "vllm"], "rollout_url"),
+    (1, ["--rollout-engine", "sglang", "--rollout-url", "localhost:30000"], "rollout_url"),
+    (1, ["--rollout-engine", "sglang"], "rollout_python"),
+    (1, ["--rollout-python", "/does/not/exist"], "rollout_python"),
+    (1, ["--rollout-tensor-parallel-size", "3"], "rollout_tensor_parallel_size"),
+    (1, ["--engine-options", "max_running_requests"], "engine_options"),
+    (1, ["--best-metric", "eval/sucess"], "best_metric"),
+    (1, ["--wandb", "project"], "wandb"),
 ]  # fmt: skip
 
 
@@ -98,6 +123,38 @@ def test_a_wrong_configuration_gives_one_line_that_names_the_field(
 @pytest.mark.parametrize(
     ("content", "part"),
     [
+        ("not JSON", "not readable JSON"),
+        ("[]", "only qwen2_5_vl is supported"),
+        ('{"model_type": "llama"}', "only qwen2_5_vl is supported"),
+        ('{"model_type": "qwen2_5_vl"}', "has no number num_attention_heads"),
+    ],
+)
+def test_a_wrong_checkpoint_is_named(model: Path, content: str, part: str) -> None:
+    (model / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"^model: .*config.json.*{part}"):
+        parse(model, 1)
+
+
+def test_every_number_has_a_range() -> None:
+    ranged = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.SHARES, *config_checks.MAY_BE_NONE}
+    numbers = {
+        field.name
+        for section in vars(Config()).values()
+        for field in dataclasses.fields(section)
+        if {"int", "float"} & set(str(field.type).replace("|", " ").split())
+    }
+    assert numbers <= ranged, sorted(numbers - ranged)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("seed: [1, 2]", "seed: [1, 2] is not of type int"),
+        ("seed: null", "seed: None is not of type int"),
+        ("seed: 1.5", "seed: invalid literal"),
+        ("seed: 1\nseed: 2", "line 2: seed: given twice"),
+        ("rl: [1]", "rl: a section of options is needed"),
+        ("stop: [--x]", "stop: '--x' reads as a flag"),
         ("tensor_model_paralel_size: 2", "did you mean tensor_model_parallel_size?"),
         ("seed: [1", "line"),
         ("- 1", "mapping"),
@@ -132,24 +189,56 @@ def test_a_flag_beats_the_file_and_the_resolved_file_gives_the_same(tmp_path: Pa
     assert (config.run.seed, config.parallel.sequence_parallel, config.practice.horizons) == (7, True, (8.0, 16.0))
     assert config.rollout.stop == ("</answer>",)
     again = tmp_path / "b.yaml"
+    config = override(config, media_root="--odd name", stop=("", "a b"))
     again.write_text(to_yaml(config))
     assert load(["--config", str(again)], prog="train") == config
     assert load(["--run-folder", "x"], prog="train").run.run == load(["--run-folder=x"], prog="train").run.run == "x"
     assert override(config, seed=1, rl_lr=1.0).rl.rl_lr == 1.0
 
 
-def test_help_needs_no_heavy_package_and_is_quick(tmp_path: Path) -> None:
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """An environment in which nothing heavy can be imported."""
     for name in ("torch", "megatron", "nvidia", "sglang", "transformers", "triton", "av"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise ImportError('must not be imported')")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        (tmp_path / "bare" / name / "__init__.py").write_text("raise ImportError('must not be imported')")
+    return os.environ | {"PYTHONPATH": f"{tmp_path / 'bare'}{os.pathsep}{ROOT}"}
+
+
+def test_help_needs_no_heavy_package_and_is_quick(bare: dict[str, str]) -> None:
     began = time.monotonic()
     ended = subprocess.run(
-        [sys.executable, "-m", "dppo_mcore.train", "--help"], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "dppo_mcore.train", "--help"], env=bare, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
     assert "--tensor-model-parallel-size" in ended.stdout
     assert time.monotonic() - began < 20  # the bar of 2 s is measured on a quiet machine, not asserted
+
+
+@pytest.mark.parametrize(
+    ("module", "rest"),
+    [("train", []), ("evaluate", ["--out", "x"]), ("score", ["--out", "x"]), ("export", ["--out", "x", "--load", "."])],
+)
+def test_a_wrong_layout_ends_every_command_before_any_process_group(
+    bare: dict[str, str], model: Path, module: str, rest: list[str]
+) -> None:
+    flags = ["--model", str(model), "--data", str(model.parent / "pool.jsonl"), "--tensor-model-parallel-size", "2"]
+    command = [sys.executable, "-m", f"dppo_mcore.{module}", *flags, *rest]
+    ended = subprocess.run(command, env=bare | {"WORLD_SIZE": "1"}, capture_output=True, text=True, cwd=model.parent)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: tensor_model_parallel_size: 2 ") and ended.stderr.count("\n") == 1
+
+
+def test_one_rank_of_a_node_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """torchrun ends the others while they wait; one that fails alone speaks after all."""
+    waited: list[float] = []
+    monkeypatch.setattr(config_loading.time, "sleep", waited.append)
+    for rank, waits in (("0", []), ("1", [config_loading.SAYING_S])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as ending:
+            config_loading.fail(ConfigError("data: x"))
+        assert ending.value.code == 2 and capsys.readouterr().err == "error: data: x\n"
+        assert waited == waits
 
 
 def test_importing_the_package_opens_no_cuda_context() -> None:
@@ -166,5 +255,6 @@ def test_the_cluster_examples_ask_for_nothing_refused(name: str, world: int) -> 
     )
     config_checks._check_layout(config, world)
     config_checks._check_training(config, world)
+    config_checks._check_training(override(config, rollout_partial=True, tis_cap=2.0), world)
     with pytest.raises(ConfigError, match="rollout_partial"):
-        config_checks._check_training(override(config, rollout_partial=True), world)
+        config_checks._check_training(override(config, rollout_partial=True, tis_cap=None), world)
