@@ -153,7 +153,7 @@ def test_own_verified_answers_hold_what_rl_revealed(ledger: Ledger) -> None:
         ledger.record_rollouts("1-1 RL", 0, rolled(one.id, 0 if one.id in ("c0", "p0") else 2))
     found = own_candidates({one.id: one.objective for one in pool}, ledger, len, seed=0)
     assert {c.sample_id for c in found} == {one.id for one in pool} - {"c0", "p0"}
-    assert Counter(c.sample_id[0] for c in found[:6]) == {"c": 3, "p": 3}
+    assert [c.sample_id[0] for c in found].index("p") <= 2 and Counter(c.sample_id[0] for c in found[:7])["p"] == 3
     assert all(c.source == "own" and "own verified rollout of 1-1 RL, step 0" in c.why for c in found)
     corpus = mix([*made("weak", 20), *made("own", 100)], weak=0.4, retrieved=0.0, own=0.6, general=0.0)
     assert corpus.tokens == {"weak": 200, "retrieved": 0, "own": 300, "general": 0}
