@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
 from typing import Literal, Protocol
 
 import numpy as np
@@ -186,19 +185,23 @@ class Draw:
                 entry.status = "kept"
             self._live[entry.objective] += (entry.status in DRAWN) - before
 
-    def replay(self, groups: Iterable[Group], prompts: int, stagnation: Stagnation | None = None) -> int:
-        """Go on to where a phase's recorded groups (in order of step) end; returns the number of steps replayed.
+    def replay(
+        self, groups: Iterable[Group], prompts: int, stagnation: Stagnation | None = None, *, steps: int | None = None
+    ) -> None:
+        """Go on to where a phase stood after `steps` steps (the last recorded one by default), by its recorded groups.
 
-        With `stagnation` (a fresh one) its score is brought there too, and what it froze on the way stays frozen.
+        A step all of whose samples turned out damaged has no groups and counts all the same. With `stagnation` (a
+        fresh one) its score is brought there too, and what it froze on the way stays frozen.
         """
-        steps = [list(step) for _, step in groupby(groups, key=lambda group: group.step)]
-        for step in steps:
+        by_step: dict[int, list[Group]] = {}
+        for group in groups:
+            by_step.setdefault(group.step, []).append(group)
+        for step in range(1 + max(by_step, default=-1) if steps is None else steps):
             self.draw(prompts)
-            self.update(step)
+            self.update(by_step.get(step, ()))
             if stagnation is not None:
-                stagnation.add(step)
+                stagnation.add(by_step.get(step, ()))
                 self.freeze(stagnation.verdict().frozen)
-        return len(steps)
 
     def _next_epoch(self) -> list[str]:
         self._epoch += 1

@@ -6,11 +6,14 @@ that leaves it (reads, exports, digests) carries their names.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
 from pathlib import Path
 from typing import IO
+
+from dppo_mcore.runtime.errors import UserError
 
 SCHEMA_VERSION = 1
 
@@ -66,7 +69,7 @@ NETWORK_FILE_SYSTEMS = {
 }  # fmt: skip
 
 
-class LedgerError(RuntimeError):
+class LedgerError(UserError):
     """The ledger can't be used as asked; the message says what to do."""
 
 
@@ -104,7 +107,10 @@ class WriterLock:
         try:
             # POSIX locks are not inherited by forked workers, which may outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self._file.close()
+                raise LedgerError(f"{self.path} can't be locked ({error}): its file system has no locks") from None
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             self._file.close()
@@ -131,8 +137,18 @@ def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Conn
     if not write:
         if not path.exists():
             raise LedgerError(f"no ledger at {path}")
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60, isolation_level=None)
-        version = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+        patience = 2 if is_network(file_system(path) if kind is None else kind) else 60
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=patience, isolation_level=None
+        )
+        try:
+            version = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            raise LedgerError(
+                f"{path} can't be read now ({error}): on a network file system the run that writes it keeps it to "
+                "itself; wait until that ends, or keep the run folder on a local disk"
+            ) from None
     else:
         connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         if is_network(file_system(path) if kind is None else kind):

@@ -32,6 +32,8 @@ MediaParts = Callable[[Sample], list[dict[str, Any]]]
 Outcome = tuple[Sample, int, int, Any]
 """(sample, round, index, what came of it: (text, tokens), None or an exception)."""
 WRITE_BATCH = 64
+REFUSALS_BEFORE_ANY_ANSWER = 32
+"""So many refusals without a single answer, and it's the requests that are wrong, not the samples."""
 
 ASK = (
     "Look closely, reason step by step, and give the final answer alone between <answer> and </answer>. "
@@ -102,9 +104,13 @@ class EndpointTeacher:
 
     def answer(self, sample: Sample, round_: int, index: int) -> tuple[str, int] | None:
         """One request, with the client's retries."""
+        try:
+            shown = self._media_parts(sample)
+        except (OSError, ValueError) as error:
+            raise TeacherGaveUpError(f"media of {sample.id} can't be read: {error}") from error
         question = sample.turns[-1].content.replace("<image>", "").replace("<video>", "").strip()
         ask = ASK if round_ == 0 else SHOW_GOLD.format(gold=sample.gold)
-        content = [*self._media_parts(sample), {"type": "text", "text": f"{question}\n\n{ask}"}]
+        content = [*shown, {"type": "text", "text": f"{question}\n\n{ask}"}]
         messages: list[dict[str, Any]] = [
             {"role": turn.role, "content": turn.content} for turn in sample.turns[:-1] if turn.role != "system"
         ]
@@ -173,20 +179,22 @@ def collect(
     concurrency: int = 16,
     budget: int = 0,
     vote_share: float = 0.0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Collection:
     """Ask for `answers` answers per sample, verify each by the rule reward, and mark the kept ones in the ledger.
 
     With `show_gold`, samples without a right answer get a second round that shows the gold answer. `budget` bounds the
     requests of the whole run (0: no bound). With `vote_share`, a kept answer must agree with that share of its
-    sample's. Asking again after an interruption asks only for what is missing. `samples` are bare questions, without
+    sample's. Asking again after an interruption asks only for what is missing; `stopped` is such an interruption: it
+    is looked at every second, and requests in flight are then left to themselves. `samples` are bare questions, without
     the model's own prompt template: the teacher is told how to answer here.
     """
     wanted = [(sample, 0, index) for sample in samples for index in range(answers)]
-    asked, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget)
+    asked, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget, stopped)
     if show_gold and not reason:
         solved = {answer.sample_id for answer in ledger.teacher_answers(phase) if answer.success}
         wanted += [(sample, 1, 0) for sample in samples if sample.id not in solved]
-        more, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget)
+        more, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget, stopped)
         asked += more
     given = ledger.teacher_answers(phase)
     kept = choose(vote(given, vote_share) if vote_share else given)
@@ -210,6 +218,7 @@ def _ask(
     score: Scorer,
     concurrency: int,
     budget: int,
+    stopped: Callable[[], bool],
 ) -> tuple[int, str]:
     """Make the requests that the ledger lacks, `concurrency` at a time; returns their number and why it ended early.
 
@@ -243,10 +252,10 @@ def _ask(
         jobs.put(None)
         thread.start()
     try:
-        asked, down = _receive(ledger, phase, done, len(todo), teacher.model, score, stop)
+        asked, down = _receive(ledger, phase, done, len(todo), teacher.model, score, stop, stopped)
     finally:
         stop.set()
-    for thread in threads:
+    for thread in threads if down != STOPPED else ():
         thread.join()
     return asked, down or reason
 
@@ -259,15 +268,35 @@ def _receive(
     model: str,
     score: Scorer,
     stop: threading.Event,
+    stopped: Callable[[], bool],
 ) -> tuple[int, str]:
-    """Write outcomes as they come, in small batches; returns how many and, if the teacher went down, why."""
+    """Write outcomes as they come, in small batches; returns how many and, if the teacher went down, why.
+
+    Refusals are facts about samples only where the teacher answers others: until it does they are held back.
+    """
     asked, reason = 0, ""
+    answers = any(answer.text for answer in ledger.teacher_answers(phase))
     arrived: list[Outcome] = []
-    for number in range(1, count + 1):
-        arrived.append(done.get())
+    refused: list[Outcome] = []
+    number = 0
+    while number < count:
+        try:
+            arrived.append(done.get(timeout=1.0))
+        except queue.Empty:
+            if stopped():
+                return asked, STOPPED
+            continue
+        number += 1
         if len(arrived) < WRITE_BATCH and not done.empty() and number < count:
             continue
-        asked += _write(ledger, phase, arrived, model, score)
+        answers = answers or any(isinstance(outcome, tuple) for *_, outcome in arrived)
+        refused += [one for one in arrived if isinstance(one[-1], TeacherRefusedError)]
+        told = [one for one in arrived if not isinstance(one[-1], TeacherRefusedError)]
+        asked += _write(ledger, phase, [*told, *refused] if answers else told, model, score)
+        if answers:
+            refused = []
+        elif len(refused) >= REFUSALS_BEFORE_ANY_ANSWER:
+            stop.set()
         for *_, outcome in arrived:
             if isinstance(outcome, TeacherDownError):
                 stop.set()
@@ -277,7 +306,14 @@ def _receive(
             elif isinstance(outcome, Exception) and not isinstance(outcome, TeacherRefusedError):
                 raise outcome
         arrived = []
+        if number < count and stopped():
+            return asked, STOPPED
+    if refused:
+        reason = reason or f"{model} refused all of {len(refused)} requests, the first: {refused[0][-1]}"
     return asked, reason
+
+
+STOPPED = "the run was asked to stop"
 
 
 def _write(ledger: Ledger, phase: str, arrived: Sequence[Outcome], model: str, score: Scorer) -> int:

@@ -4,6 +4,7 @@ give up. One client serves many threads.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import random
@@ -18,8 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
-DOWN_AT_ONCE = {401, 402, 403, 404}
-"""The endpoint, key or model is wrong: asking again can't help, nor can asking about another sample."""
+REFUSALS = {400, 413, 422, 451}
+"""This request can't be answered, others may be. Any other status that isn't tried again (a redirect, a wrong key,
+model or path) holds for every sample: the teacher is down at once."""
+MOST_BYTES = 64 * 2**20
+"""A longer response is no answer."""
 
 
 class TeacherDownError(RuntimeError):
@@ -141,22 +145,44 @@ class ChatClient:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         connection = self._connection()
+        # A socket's own timeout is per packet: an answer that trickles would never end.
+        late: threading.Timer | None = None
         try:
+            if connection.sock is None:
+                connection.connect()
+            late = threading.Timer(self.timeout_s, _hang_up, [connection.sock])
+            late.daemon = True
+            late.start()
             connection.request("POST", self._address[3], payload, headers)
             response = connection.getresponse()
-            text = response.read().decode("utf-8", "replace")
+            content = response.read(MOST_BYTES)
+            if len(content) == MOST_BYTES:
+                raise http.client.HTTPException(f"a response of {MOST_BYTES} bytes or more")
+            if late.finished.is_set():
+                raise http.client.HTTPException("cut off")
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             self._local.connection = None
-            raise _RetryError(_name(error)) from None
+            raise _RetryError("no answer in time" if late and late.finished.is_set() else _name(error)) from None
+        finally:
+            if late is not None:
+                late.cancel()
+        text = content.decode("utf-8", "replace")
         if response.status in RETRIED or response.status >= 500:
             raise _RetryError(f"HTTP {response.status}: {text[:200]}", _retry_after(response.getheader("Retry-After")))
-        if response.status in DOWN_AT_ONCE:
-            self.down = f"the teacher at {self.url} answers HTTP {response.status}: {text[:200]}"
-            raise TeacherDownError(self.down)
-        if response.status != 200:
+        if response.status in REFUSALS:
             raise TeacherRefusedError(f"HTTP {response.status}: {text[:500]}")
+        if response.status != 200:
+            where = response.getheader("Location")
+            self.down = f"the teacher at {self.url} answers HTTP {response.status}: {where or text[:200]}"
+            raise TeacherDownError(self.down)
         return _parse(text)
+
+
+def _hang_up(connected: socket.socket) -> None:
+    """End a request from another thread: whoever waits for it sees the connection close."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _parse(text: str) -> tuple[str, int]:

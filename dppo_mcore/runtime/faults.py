@@ -7,6 +7,7 @@ wake-up pipe, because a main thread that waits inside a collective runs no Pytho
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -17,8 +18,15 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-FAILURE_KEY = "dppo_mcore/failure"
+from dppo_mcore.runtime.errors import SAYING_S, UserError
+
+FAILURE_KEY = "dppo_mcore/failure/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+"""torchrun's store outlives its restarts, a failure does not."""
 POLL_S = 0.5
+INTERRUPT_S = 5.0
+"""After Ctrl-C a main thread that waits inside a collective is left this long to come out of it."""
+FULL_DISK = ("No space left on device", "database or disk is full")
+"""How libraries that raise errors of their own (safetensors, SQLite) name a full disk."""
 RESUME_HINT = "stopped by SIGTERM; resume with the same command"
 
 _terminate = threading.Event()
@@ -37,14 +45,18 @@ def run_guarded(main: Callable[[], None]) -> NoReturn:
         _say(RESUME_HINT)
         _leave(0)
     except KeyboardInterrupt:
-        _say("interrupted")
+        if _announce_failure():
+            _say("interrupted")
         _leave(130)
     except SystemExit as ending:
         _leave(ending.code if isinstance(ending.code, int) else int(ending.code is not None))
     except BaseException as error:
+        line = _known_error(error)
+        report = f"error: {line}" if line else _traceback()
+        if logging.getLogger().handlers:
+            logging.getLogger(__name__).error(report)  # to this rank's own file, whoever failed first
         if _announce_failure():
-            line = _known_error(error)
-            _say(f"error: {line}" if line else _traceback())
+            _say(report)
         _leave(1)
     _leave(0)
 
@@ -62,6 +74,11 @@ def watch() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _terminate.set())
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_watch_signals, args=(reader, writer), name="signal-watch", daemon=True).start()
+
+
+def terminating() -> bool:
+    """Whether this rank was told to stop; for one that acts alone. Others learn of it by `stop_requested`."""
+    return _terminate.is_set()
 
 
 def stop_requested() -> bool:
@@ -92,12 +109,19 @@ def _watch_signals(reader: socket.socket, writer: socket.socket) -> None:
     while received := reader.recv(1):
         if received[0] == signal.SIGTERM:
             _terminate.set()
+        if received[0] == signal.SIGINT:
+            time.sleep(INTERRUPT_S)
+            os._exit(130)
     writer.close()
 
 
 def _announce_failure() -> bool:
     """True for the first rank to fail: the one whose traceback is worth reading."""
     if _store is None:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(
+                SAYING_S
+            )  # what ends every rank at its start is said by the node's first, and torchrun ends this
         return True
     rank = os.environ.get("RANK", "0")
     try:
@@ -108,12 +132,12 @@ def _announce_failure() -> bool:
 
 def _known_error(error: BaseException) -> str | None:
     """One line for what needs no traceback: wrong input, a full disk, a port in use."""
-    from dppo_mcore.runtime.errors import UserError
-
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on device while writing {error.filename or 'the run folder'}"
+    if any(words in str(error) for words in FULL_DISK):
+        return f"no space left on device while writing the run folder ({error})"
     if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
         port = os.environ.get("MASTER_PORT", "?")
         return f"port {port} is in use; choose another with torchrun --master-port"

@@ -156,9 +156,27 @@ def test_the_same_seed_draws_the_same_and_replay_goes_on() -> None:
         if stagnation.verdict().stop:
             break
         again, other = Draw(samples, rows, seed=5), Stagnation(**options)
-        assert again.replay(groups, 16, other) == number + 1
+        again.replay(groups, 16, other, steps=number + 1)
         assert other.verdict() == stagnation.verdict()
         assert again.draw(16) == deepcopy(first).draw(16)
         replayed += 1
     assert replayed > 5 and stagnation.frozen
     assert Draw(samples, rows, seed=6).draw(16) != Draw(samples, rows, seed=5).draw(16)
+
+
+def test_a_step_without_groups_is_replayed_too() -> None:
+    """All of its samples were damaged: the ledger has nothing of it, the draw went on."""
+    samples = pool(60)
+    rows = [BufferRow(s.id, "kept", 4, 2) for s in samples]
+    first, stagnation = Draw(samples, rows, seed=0), Stagnation(max_steps=4)
+    groups: list[Group] = []
+    for number in range(4):
+        names = first.draw(8)
+        new = [] if number in (1, 3) else [Group(number, n, "counting", 8, 3) for n in names]
+        groups += new
+        first.update(new)
+        stagnation.add(new)
+    again, other = Draw(samples, rows, seed=0), Stagnation(max_steps=4)
+    again.replay(groups, 8, other, steps=4)
+    assert again.draw(8) == first.draw(8)
+    assert other.verdict() == stagnation.verdict() and other.verdict().stop

@@ -229,6 +229,8 @@ def test_network_file_systems_get_a_rollback_journal_and_an_exclusive_lock(tmp_p
     assert not (tmp_path / "ledger.sqlite-wal").exists()
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         sqlite3.connect(tmp_path / "ledger.sqlite", timeout=0.1).execute("SELECT * FROM samples")
+    with pytest.raises(LedgerError, match="can't be read now .*locked"):
+        Ledger(tmp_path / "ledger.sqlite", write=False, file_system="lustre")
     ledger.backup(tmp_path / "copy.sqlite")
     with Ledger(tmp_path / "copy.sqlite", write=False) as copy:
         assert len(copy.samples()) == len(SAMPLES)

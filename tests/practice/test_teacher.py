@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from dppo_mcore.config import PracticeConfig
+from dppo_mcore.practice import teacher_client
 from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
 from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, choose, collect, make_teacher, vote
 from dppo_mcore.practice.teacher_client import ChatClient, TeacherDownError, TeacherRefusedError
@@ -345,3 +348,96 @@ def test_media_parts(tmp_path: Path) -> None:
     cut = sample(media=(Media("video", str(video), 1.0, 2.0),))
     assert media_parts("video", lambda _: [clip_THWC], 2)(cut)[0]["type"] == "image_url"
     assert media_parts("frames", lambda _: [])(sample()) == []
+
+
+class Trickle:
+    """A server whose answer never ends: a byte every now and then, or as many as it can send."""
+
+    def __init__(self, chunk: bytes, pause: float) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.connections = 0
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = self.socket.accept()
+                    self.connections += 1
+                    threading.Thread(target=send, args=(connection,), daemon=True).start()
+
+        def send(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError), connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+                while True:
+                    connection.sendall(chunk)
+                    time.sleep(pause)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+
+@pytest.mark.parametrize(("chunk", "pause"), [(b" ", 0.05), (b" " * 2**20, 0.0)])
+def test_an_answer_that_never_ends(chunk: bytes, pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the answer doesn't."""
+    monkeypatch.setattr(teacher_client, "MOST_BYTES", 2**22)
+    server, clock = Trickle(chunk, pause), Clock()
+    began = time.monotonic()
+    with pytest.raises(TeacherDownError, match="no answer in time|a response of 4194304 bytes"):
+        client(server.url, clock, timeout_s=0.5, patience_s=2).chat([], 1, 0)
+    assert time.monotonic() - began < 30 and server.connections >= 2
+    server.socket.close()
+
+
+@pytest.mark.parametrize("status", [301, 307, 404, 405, 418])
+def test_a_status_that_holds_for_all_samples_is_no_refusal(serve: Any, status: int) -> None:
+    endpoint = serve(lambda *_: (status, {"Location": "https://elsewhere/v1"}, b""))
+    with pytest.raises(TeacherDownError, match=f"HTTP {status}: https://elsewhere"):
+        client(endpoint.url).chat([], 1, 0)
+    assert len(endpoint.requests) == 1
+
+
+def test_refusing_everything_says_nothing_about_samples(ledger: Ledger, serve: Any) -> None:
+    """A parameter the endpoint doesn't know: mended, the same samples are asked for again."""
+    wrong = [True]
+
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        return (400, {}, {"error": "unknown parameter"}) if wrong[0] or "poison" in json.dumps(body) else GOOD
+
+    endpoint = serve(reply)
+    samples = [*(sample(i) for i in range(1, 20)), Sample("s0", "counting", (Turn("user", "poison"),), gold=3)]
+    first = collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=4, concurrency=2)
+    assert (first.asked, first.missing) == (0, 20) and "unknown parameter" in first.reason
+    assert 32 <= len(endpoint.requests) < 76  # it gave up before all were tried
+    assert ledger.teacher_answers(PHASE) == []
+    wrong[0] = False
+    second = collect(ledger, PHASE, samples, teacher(endpoint.url), scores, answers=4, concurrency=2)
+    assert (second.asked, second.missing) == (80, 0)
+    refused = ledger.teacher_answers(PHASE, "s0")
+    assert len(refused) == 4 and all("unknown parameter" in (a.error or "") for a in refused)
+
+
+def test_media_that_cannot_be_read_are_given_up_for_now(ledger: Ledger, serve: Any, tmp_path: Path) -> None:
+    endpoint = serve(lambda *_: GOOD)
+    clip = tmp_path / "clip.mp4"
+    samples = [sample(0, media=(Media("video", str(clip)),)), sample(1)]
+    watching = EndpointTeacher(client(endpoint.url), media_parts("video", lambda _: []), max_tokens=4, temperature=0)
+    first = collect(ledger, PHASE, samples, watching, scores, answers=1)
+    assert (first.asked, first.missing) == (1, 1) and "media of s0 can't be read" in first.reason
+    clip.write_bytes(b"there again")
+    assert collect(ledger, PHASE, samples, watching, scores, answers=1).missing == 0
+
+
+def test_a_stop_does_not_wait_for_the_teacher(ledger: Ledger, serve: Any) -> None:
+    def reply(number: int, _: Any) -> Reply:
+        if number >= 3:
+            time.sleep(20)
+        return GOOD
+
+    endpoint, began = serve(reply), time.monotonic()
+    result = collect(
+        ledger, PHASE, [sample(i) for i in range(8)], teacher(endpoint.url), scores, answers=1, concurrency=2,
+        stopped=lambda: len(endpoint.requests) > 3,
+    )  # fmt: skip
+    assert time.monotonic() - began < 15
+    assert result.missing >= 5 and result.reason == "the run was asked to stop"
+    assert len(ledger.teacher_answers(PHASE)) == result.asked == 8 - result.missing
