@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dppo_mcore.rewards.extraction import first_number
+from dppo_mcore.rewards.extraction import first_number, plain
 from dppo_mcore.rewards.registry import objective
 from dppo_mcore.types import Sample
 
@@ -40,7 +40,7 @@ def _known(name: str, table: Mapping[str, float]) -> float | None:
 
 def _factor(unit: str, answer: str) -> float:
     """What to multiply the answer's number by to get the gold answer's unit; 1 where the units aren't comparable."""
-    found = _UNIT_AFTER_NUMBER.search(answer)
+    found = _UNIT_AFTER_NUMBER.search(plain(answer))
     if not unit or not found:
         return 1.0
     for table in (METRES, SECONDS):

@@ -6,6 +6,7 @@ last `\\boxed{}`; else the whole text. Every function takes time linear in the t
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -23,6 +24,8 @@ NUMBER = re.compile(
 )
 POWER = re.compile(r"\s?(?:\\times|\\cdot|[x×*·])\s?10\s?(?:\^|\*\*)\s?\{?\s?([-+]?\d{1,3})")
 OVER = re.compile(r"\s?[/⁄]\s?(\d{1,15}(?:\.\d{1,15})?)(?![\w/⁄])")
+MIXED = re.compile(r"\s(\d{1,3})\s?[/⁄]\s?(\d{1,3})(?![\w/⁄.])")
+AND_A_HALF = re.compile(r"\s{1,3}and\s{1,3}(?:a|one)\s{1,3}half\b", re.IGNORECASE)
 FRACTION = re.compile(r"(-?)\s?\\[dt]?frac\s?\{\s?(\d{1,15}(?:\.\d{1,15})?)\s?\}\s?\{\s?(\d{1,15}(?:\.\d{1,15})?)\s?\}")
 
 UNITS = {
@@ -47,10 +50,13 @@ _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 def normalise(text: str) -> str:
     """Full-width characters, fancy minus signs, spaces and dashes as plain ones; at most `MAX_CHARACTERS`."""
-    text = unicodedata.normalize("NFKC", text[-MAX_CHARACTERS:])[-MAX_CHARACTERS:]
+    # "2½" is two and a half, but its compatibility form is 21/2.
+    text = _MIXED.sub(" ", text[-MAX_CHARACTERS:])
+    text = unicodedata.normalize("NFKC", text)[-MAX_CHARACTERS:]
     return text.translate(_PLAIN)
 
 
+_MIXED = re.compile("(?<=[0-9０-９])(?=[¼-¾⅐-⅞])")
 _PLAIN = {ord(c): "-" for c in "−‐‑‒–﹣"} | {ord("’"): "'", ord("‘"): "'", ord("“"): '"', ord("”"): '"', 0: " "}
 
 
@@ -110,7 +116,7 @@ def plain(text: str) -> str:
 
 
 def first_number(answer: str) -> float | None:
-    """First number of an answer, in digits (thousands' commas, fractions and powers of ten too), else in words."""
+    """First number of an answer, in digits (thousands' commas, fractions, mixed, powers of ten), else in words."""
     fraction = FRACTION.search(answer)
     number = NUMBER.search(answer)
     if fraction and (number is None or fraction.start() <= number.start()):
@@ -125,14 +131,21 @@ def first_number(answer: str) -> float | None:
         value *= 10.0 ** int(power.group(1))
     else:
         over = OVER.match(answer, number.end())
+        mixed = MIXED.match(answer, number.end())
+        part = 0.0
         if over and float(over.group(1)):
             value /= float(over.group(1))
+        elif mixed and int(mixed.group(1)) < int(mixed.group(2)) and abs(value) < 1e9 and value == int(value):
+            part = int(mixed.group(1)) / int(mixed.group(2))
+        elif AND_A_HALF.match(answer, number.end()):
+            part = 0.5
+        value += math.copysign(part, value)
     return value if abs(value) < 1e300 else None
 
 
 def _number_words(answer: str) -> float | None:
     """First run of number words as a number: "twenty-one", "two hundred and five", "a dozen"."""
-    total, current, end = 0, 0, 0
+    total, current, end, said = 0, 0, 0, 0
     last = ""
     for match in WORD.finditer(ascii_lower(answer)):
         word = match.group()
@@ -151,7 +164,9 @@ def _number_words(answer: str) -> float | None:
         elif last and word != "and":
             break
         end = match.end()
-    return float(total + current) if last else None
+        said = said if word == "and" else end
+    half = 0.5 if AND_A_HALF.match(answer, said) else 0.0
+    return total + current + half if last else None
 
 
 _MARKED = re.compile(r"[\s(\[{\"'#-]{0,8}(?:([A-Z])[.):\]}]|([a-z])\))")

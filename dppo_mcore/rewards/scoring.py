@@ -60,7 +60,7 @@ def score(sample: Sample, text: str, rubric: Rubric = DEFAULT_RUBRIC) -> Score:
     """Score an answer. A scorer that raises gives 0 and its error; nothing an answer holds raises here."""
     try:
         task = float(scorer_of(sample.objective)(_plain_gold(sample), final_answer(text)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return failed(f"{type(error).__name__}: {error}"[:2000])
     if not math.isfinite(task):
         return failed(f"scorer of {sample.objective!r} gave {task}")

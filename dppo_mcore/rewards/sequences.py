@@ -10,8 +10,9 @@ from dppo_mcore.rewards.extraction import canonical
 
 MAX_ITEMS = 512
 _SEPARATORS = re.compile(r"\n|->|=>|→|⇒|>|;|\\rightarrow|\\to\b")
-_NUMBERED = re.compile(r"(?:^|(?<=\s))(?:step\s{0,3})?\d{1,3}\s?[.):](?=\s)", re.IGNORECASE)
-_BULLET = re.compile(r"^\s*(?:[-*•]|(?:step\s*)?\d{1,3}\s?[.):-]|\(\d{1,3}\))\s*", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:^|(?<=\s))(?:step\s{0,3})?\d{1,3}\s?[.):](?=[\sA-Za-z])", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:[-*•]|(?:step\s*)?\d{1,3}\s?[.):-]|\((?:\d{1,3}|[a-z])\)|[a-z]\))\s*", re.IGNORECASE)
+_FENCE = re.compile(r"```[A-Za-z]{0,16}")
 _THEN = re.compile(r",?\s?\b(?:and then|then|next|finally|after that)\b,?", re.IGNORECASE)
 
 
@@ -20,12 +21,14 @@ def ordered_items(answer: str, letters: bool = False) -> list[str]:
 
     `letters`: the items are single letters, so "BCA" and "B-C-A" are lists too.
     """
-    answer = answer.strip()
-    if answer.startswith("["):
+    answer = _FENCE.sub("", answer).strip()
+    if answer.startswith(("[", "{")):
         try:
             parsed = json.loads(answer)
         except (ValueError, RecursionError):
             parsed = None
+        if isinstance(parsed, dict) and len(parsed) == 1:
+            (parsed,) = parsed.values()
         if isinstance(parsed, list):
             return [text for item in parsed[:MAX_ITEMS] if (text := canonical(str(item)))]
         answer = answer.strip("[]")

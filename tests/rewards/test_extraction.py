@@ -46,6 +46,9 @@ def test_final_answer(text: str, answer: str) -> None:
         ("two hundred and five", 205), ("a dozen", 12), ("two dozen", 24), ("one thousand two hundred", 1200),
         ("None", 0), ("nothing", None), ("", None), ("$5\\,\\text{cm}$", 5), ("50%", 50), ("x2", 2), ("five or 6", 6),
         ("1/0", 1), ("one two", 1), ("ten five", 10), ("zero five", 0), ("9" * 400, None), ("block-3", 3),
+        ("2½", 2.5), ("２½", 2.5), ("-2½", -2.5), ("2 1/2 m", 2.5), ("3 5/2", 3), ("2 and a half", 2.5),
+        ("2.5 1/2", 2.5),
+        ("two and a half metres", 2.5), ("twenty-one and one half", 21.5), ("two and a hat", 2), ("1e400 1/2", None),
     ],
 )  # fmt: skip
 def test_first_number(answer: str, number: float | None) -> None:
@@ -77,6 +80,12 @@ def test_choice_letter(answer: str, letter: str | None) -> None:
         ("1) open 2) close", ["open", "close"]),
         ("Step 1: open. Step 2: close.", ["open", "close"]),
         ("red; blue", ["red", "blue"]),
+        ('```json\n["red", "blue"]\n```', ["red", "blue"]),
+        ('{"steps": ["red", "blue"]}', ["red", "blue"]),
+        ("1.red 2.blue", ["red", "blue"]),
+        ("a) red\nb) blue", ["red", "blue"]),
+        ("(a) red\n(b) blue", ["red", "blue"]),
+        ("move 3.5 m, stop", ["move 3.5 m", "stop"]),
         ("[red, blue]", ["red", "blue"]),
         ("", []),
     ],

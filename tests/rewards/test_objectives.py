@@ -48,6 +48,7 @@ def test_counting_units() -> None:
     assert task("counting", 1.2, "120 cm", unit="m") == 1
     assert task("counting", 1.2, "1.2", unit="m") == 1
     assert task("counting", 90, "1.5 minutes", unit="s") == 1
+    assert task("counting", 30, "0.3 \\text{ m}", unit="cm") == 1
     assert task("counting", 3, "3 blocks", unit="m") == 1
     assert task("counting", "three", "3") == 1
 
@@ -104,6 +105,9 @@ def test_success() -> None:
     assert task("success", False, "No.") == 1
     assert task("success", True, "true") == 1
     assert task("success", "yes", "perhaps") == 0
+    assert task("success", "no", "It's not true.") == 1
+    assert task("success", "no", "That isn't true") == 1
+    assert task("success", "no", "This is not false") == 0
 
 
 def test_planning() -> None:
