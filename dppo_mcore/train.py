@@ -20,7 +20,7 @@ from dppo_mcore.runtime.log import start_logging
 
 def train(config: Config) -> None:
     """Run every phase of the plan that isn't done yet."""
-    from dppo_mcore.metaloop import measuring, position, rl_phase, sft_phase
+    from dppo_mcore.metaloop import evaluation, measuring, position, rl_phase, sft_phase
     from dppo_mcore.metaloop.plan import next_phase, plan_phases
     from dppo_mcore.metaloop.run import close_run, open_run
 
@@ -30,6 +30,8 @@ def train(config: Config) -> None:
     measuring.fill_gaps(run)
     while (phase := next_phase(run)) is not None:
         done = place.phase_step if place.phase == phase.name else 0
+        if phase.kind != "base-sft":
+            evaluation.evaluate_start(run, phase.name)
         match phase.kind:
             case "base-sft":
                 sft_phase.make_base(run, phase, done)

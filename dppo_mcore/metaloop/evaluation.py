@@ -10,6 +10,7 @@ from typing import Any
 from dppo_mcore.metaloop.rolling import greedy, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import push
+from dppo_mcore.practice.ledger import Evaluation
 from dppo_mcore.types import Sample, ScoredRollout
 
 HELD_OUT = ("eval", "eval-general")
@@ -60,27 +61,52 @@ def evaluate(run: Run, phase: str, step: int) -> dict[str, dict[str, Any]]:
             )
         )
         results[pool] = dict(known) if known is not None else _evaluate_pool(run, pool, phase, step)
-    run.metrics.log(run.step, flat_metrics(results), phase=phase)
-    run.say(f"{phase} step {step}: held-out " + ", ".join(_shown(pool, table) for pool, table in results.items()))
+    started = run.exchange.from_rank0(lambda: first_success(run.ledger.evaluations()))
+    run.metrics.log(run.step, flat_metrics(results, started), phase=phase)
+    shown = ", ".join(_shown(pool, table, started.get(pool)) for pool, table in results.items())
+    run.say(f"{phase} step {step}: held-out {shown}")
     return results
 
 
-def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """An evaluation under the metrics' names."""
+def evaluate_start(run: Run, phase: str) -> None:
+    """Evaluate the weights a run begins with, so that what is forgotten later has something to be forgotten from."""
+    before = run.exchange.from_rank0(lambda: {(entry.phase, entry.step) for entry in run.ledger.evaluations()})
+    if run.step == 0 and before <= {(phase, 0)} and any(len(run.pools.get(pool, ())) for pool in HELD_OUT):
+        evaluate(run, phase, 0)
+
+
+def first_success(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """Success of each pool at its first evaluation."""
+    first: dict[str, float] = {}
+    for entry in evaluations:
+        if entry.metrics["all"]:
+            first.setdefault(entry.name, entry.metrics["all"]["success"])
+    return first
+
+
+def flat_metrics(
+    results: Mapping[str, Mapping[str, Any]], started: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """An evaluation under the metrics' names; a pool without a single answer has none."""
     values: dict[str, float] = {}
-    if "eval" in results:
-        values["eval/success"] = results["eval"]["all"]["success"]
+    for pool, name in (("eval", "eval/success"), ("eval-general", "eval/general")):
+        if pool in results and results[pool]["all"]:
+            values[name] = results[pool]["all"]["success"]
+    if "eval/success" in values:
         for name, table in results["eval"]["objective"].items():
             values[f"eval/success/{name}"] = table["success"]
-    if "eval-general" in results:
-        values["eval/general"] = results["eval-general"]["all"]["success"]
+    if "eval/general" in values and started and "eval-general" in started:
+        values["eval/forgotten"] = started["eval-general"] - values["eval/general"]
     return values
 
 
-def _shown(pool: str, table: Mapping[str, Any]) -> str:
+def _shown(pool: str, table: Mapping[str, Any], started: float | None) -> str:
     whole = table["all"]
+    if not whole:
+        return f"{pool} without an answer (every sample's media are damaged)"
     parts = " ".join(f"{name} {entry['success']:.2f}" for name, entry in table["objective"].items())
-    return f"{pool} {whole['success']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}] ({parts})"
+    change = "" if started is None else f", {whole['success'] - started:+.3f} since the start"
+    return f"{pool} {whole['success']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}]{change} ({parts})"
 
 
 def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]:
@@ -106,7 +132,8 @@ def answer_pool(run: Run, pool: str, limit: int = 0) -> tuple[list[Sample], list
     horizon = run.config.practice.horizons[-1]
     for start in range(0, size, CHUNK):
         ids = [manifest[row].id for row in range(start, min(start + CHUNK, size))]
-        batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=f"eval {pool}", sampling=greedy(run.sampling))
+        label = f"eval {pool} {run.step}/{start}"
+        batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=label, sampling=greedy(run.sampling))
         for answer in run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers]):
             by_id[answer.rollout.sample_id] = answer
     samples = [sample for row in range(size) if (sample := manifest[row]).id in by_id]

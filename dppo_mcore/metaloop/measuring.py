@@ -17,6 +17,7 @@ from dppo_mcore.practice import curriculum, weakness
 from dppo_mcore.practice.difficulty import make_buffer
 from dppo_mcore.practice.ledger import PhasePlan
 from dppo_mcore.practice.teacher import Teacher, collect, make_teacher
+from dppo_mcore.runtime import faults
 from dppo_mcore.types import Sample
 
 CHUNK = 512
@@ -95,14 +96,16 @@ def find_weaknesses(run: Run, phase: PhasePlan) -> None:
     before = [curriculum.buffer_name(phase.loop), curriculum.rl_name(phase.loop)]
     seed = run.config.run.seed_of(phase.name)
 
-    def choose() -> list[str]:
+    def choose() -> list[str] | None:
         known = {row.name for row in run.ledger.phases()}
         measured = [name for name in before if name in known]
-        return weakness.candidates(run.ledger, measured, practice.buffer_samples, seed) if measured else []
+        return weakness.candidates(run.ledger, measured, practice.buffer_samples, seed) if measured else None
 
-    ids = run.exchange.from_rank0(choose) or pool_ids(run, phase)
-    measure(run, phase, ids, practice.buffer_rollouts)
+    ids = run.exchange.from_rank0(choose)
+    # Only a loop without RL has measured nothing; one that left nothing unsolved has nothing to mine.
+    measure(run, phase, pool_ids(run, phase) if ids is None else ids, practice.buffer_rollouts)
     run.exchange.from_rank0(lambda: ask_teacher(run, phase.name))
+    position.stop_if_asked(run)
     finish(run, phase, "mined")
 
 
@@ -114,7 +117,7 @@ def ask_teacher(run: Run, phase: str) -> None:
     shown = ", ".join(f"{d.dimension or 'none'} {d.weak}/{d.mined}" for d in dimensions[:9])
     ledger.decide(phase, 0, "weakness", {"weak": len(weak_ids)}, shown)
     run.say(f"{phase}: {len(weak_ids)} samples without a right answer ({shown})")
-    teacher = teacher_of(run)
+    teacher = teacher_of(run, ledger.phase(phase).horizon)
     if teacher is None or not weak_ids:
         return
     assert run.rewards is not None
@@ -129,11 +132,18 @@ def ask_teacher(run: Run, phase: str) -> None:
         concurrency=practice.teacher_concurrency,
         budget=practice.teacher_budget,
         vote_share=practice.teacher_vote,
+        stopped=faults.terminating,
     )
     ledger.set_cursor(phase, {"missing": result.missing})
-    kept = sum(answer.kept for answer in ledger.teacher_answers(phase))
-    missing = f"; {result.missing} without an answer: {result.reason}" if result.missing else ""
-    run.say(f"{phase}: teacher {teacher.model} asked {result.asked} times, {kept} answers verified and kept{missing}")
+    answers = ledger.teacher_answers(phase)
+    kept = sum(answer.kept for answer in answers)
+    refused = [answer.error for answer in answers if not answer.text]
+    line = f"{phase}: teacher {teacher.model} asked {result.asked} times, {kept} answers verified and kept"
+    if refused:
+        line += f"; {len(refused)} requests refused, the first: {refused[0]}"
+    if result.missing:
+        line += f"; {result.missing} samples without all their answers: {result.reason}"
+    run.say(line)
 
 
 def fill_gaps(run: Run) -> None:
@@ -147,13 +157,13 @@ def fill_gaps(run: Run) -> None:
     run.exchange.from_rank0(ask)
 
 
-def teacher_of(run: Run) -> Teacher | None:
-    """The configured teacher; it's shown the very frames the model saw."""
+def teacher_of(run: Run, horizon: float | None) -> Teacher | None:
+    """The configured teacher; as frames it's shown the very ones that the model saw under `horizon`."""
     decoding = threading.Lock()
 
     def frames(sample: Sample) -> list[np.ndarray]:
         with decoding:
-            plans = [run.processor.plan_of(medium, run.config.practice.horizons[-1]) for medium in sample.media]
+            plans = [run.processor.plan_of(medium, horizon) for medium in sample.media]
             return [run.processor.decoder(plan).permute(0, 2, 3, 1).numpy() for plan in plans]
 
     return make_teacher(run.config.practice, frames, os.environ.get(KEY_VARIABLE, ""))

@@ -47,6 +47,7 @@ UNITS: dict[str, str] = {
     "eval/success": "share of held-out samples",
     "eval/success/*": "share of held-out samples of an objective",
     "eval/general": "share of held-out general samples",
+    "eval/forgotten": "share of held-out general samples lost since the run's first evaluation",
 }
 
 

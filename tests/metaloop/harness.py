@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dppo_mcore.practice.ledger import Ledger
@@ -24,14 +28,13 @@ OPTIONS = {
 
 def make_world(folder: Path) -> Path:
     """Clips, manifests, the oracle's answers and a random small checkpoint."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     sizes = ["--clips-base", "60", "--clips-pool", "60", "--clips-eval", "10"]
     for command in (["make_world", "--out", str(folder), *sizes], ["make_base", "--out", str(folder / "base")]):
         module, *arguments = command
         subprocess.run(
             [sys.executable, "-m", f"examples.tabletop.{module}", *arguments],
             check=True,
-            env=environment,
+            env=environment(),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )
@@ -60,21 +63,87 @@ def command(world: Path, run: Path, ranks: int = 1, **changes: object) -> list[s
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, its output appended to `log`."""
-    environment = os.environ | {
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            arguments, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+
+
+def environment() -> dict[str, str]:
+    """What a process of the product is started with."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), shim_path()]),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    with open(log, "ab") as output:
-        return subprocess.Popen(
-            arguments, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
 
 
 def finish(arguments: list[str], log: Path, timeout_s: float = 600.0) -> None:
     """Run to the end; a failure shows the log's end."""
     code = start(arguments, log).wait(timeout_s)
     assert code == 0, log.read_text()[-4000:]
+
+
+def kill_behind(arguments: list[str], log: Path, mark: str, seconds: float) -> bool:
+    """Start a run and SIGKILL all its processes so many seconds after `mark` appeared in what it logs; False if it
+    ended by itself before."""
+    before = log.stat().st_size if log.exists() else 0
+    process = start(arguments, log)
+    deadline = time.monotonic() + 600
+    while mark.encode() not in log.read_bytes()[before:]:
+        if (code := process.poll()) is not None:
+            assert code == 0, log.read_text()[-4000:]
+            return False
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    time.sleep(seconds)
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, 9)
+    process.wait()
+    return True
+
+
+class Oracle:
+    """A chat endpoint on loopback that knows the answers to a question, but sees no clip: it takes one of them, the
+    same for the same request, a little later."""
+
+    def __init__(self, world: Path, seconds: float) -> None:
+        answers = {row["id"]: row["answer"] for row in map(json.loads, open(world / "teacher.jsonl"))}
+        by_question: dict[str, set[str]] = {}
+        for row in map(json.loads, open(world / "pool.jsonl")):
+            question = row["messages"][-1]["content"].replace("<video>", "").strip()
+            by_question.setdefault(question, set()).add(answers[row["id"]])
+        oracle = self
+        self.requests = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:  # noqa: N802
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(seconds)
+                oracle.requests += 1
+                text = json.loads(raw)["messages"][-1]["content"][-1]["text"].split("\n\n")[0].strip()
+                known = sorted(by_question[text])
+                answer = known[int(sha256(raw).hexdigest(), 16) % len(known)]
+                content = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def kill_after(arguments: list[str], log: Path, seconds: float) -> bool:

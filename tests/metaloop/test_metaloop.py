@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,6 @@ from dppo_mcore.practice.ledger import Ledger
 from tests.data.test_damaged_pool import make_pool
 from tests.metaloop import harness
 from tests.support.sglang_server import PYTHON as SGLANG_PYTHON
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small tabletop."""
-    return harness.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="session")
-def unbroken(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from start to end."""
-    run = tmp_path_factory.mktemp("unbroken") / "run"
-    harness.finish(harness.command(world, run), run.with_suffix(".log"))
-    return run
 
 
 def test_a_run_goes_through_every_phase_and_records_what_it_did(unbroken: Path) -> None:
@@ -79,21 +66,44 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: Path, unbroken: Path,
     assert harness.digest(tmp_path / "run") == harness.digest(unbroken)
 
 
+STAGES = {
+    "base SFT step    2/8": "SFT", "base SFT step    8/8": "evaluation", "base SFT step 8: held-out": "rollout",
+    "1-1 buffer: 96 samples": "reward", "1-1 RL step    2": "RL", "1-1 RL step    3": "checkpoint",
+    "1-1 RL ends": "evaluation", "1-1 RL step 4: held-out": "checkpoint", "samples without a right": "teacher",
+    "1-2 weakness: teacher": "corpus", "1-2 SFT step    1/5": "SFT", "1-2 SFT step    3/5": "checkpoint",
+    "1-2 SFT step    5/5": "evaluation",
+}  # fmt: skip
+"""Log lines in order, and what a run does in the second behind them."""
+
+
 @pytest.mark.kill
-def test_twenty_kills_leave_the_same_ledger(world: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_twenty_kills_leave_the_same_ledger(world: Path, tmp_path: Path) -> None:
     chance = random.Random(5)
-    kills = number = 0
-    while kills < 20:
+    oracle = harness.Oracle(world, seconds=0.1)
+    options = {"teacher_file": "", "teacher_url": oracle.url, "teacher_model": "oracle", "teacher_answers": 2}
+
+    def command(name: str) -> list[str]:
+        return harness.command(world, tmp_path / name, teacher_concurrency=8, **options)
+
+    harness.finish(command("whole"), tmp_path / "whole.log")
+    whole = harness.digest(tmp_path / "whole")
+    hit: Counter[str] = Counter()
+    number = 0
+    while hit.total() < 20:
         number += 1
-        arguments, log = harness.command(world, tmp_path / f"run-{number}"), tmp_path / f"log-{number}"
-        # Four instants a run: start-up takes the first seconds of every try, what follows it is hit at random.
-        for _ in range(4):
-            if not harness.kill_after(arguments, log, 5 + chance.random() * 15):
-                break
-            kills += 1
+        arguments, log = command(f"run-{number}"), tmp_path / f"log-{number}"
+        # Every second stage of the list from the first or second on: two runs go through all of them.
+        for mark in list(STAGES)[number % 2 :: 2]:
+            if harness.kill_behind(arguments, log, mark, chance.random()):
+                hit[STAGES[mark]] += 1
         harness.finish(arguments, log)
-        assert harness.digest(tmp_path / f"run-{number}") == harness.digest(unbroken), f"run {number}"
-    print(f"{kills} kills in {number} runs")
+        if harness.digest(tmp_path / f"run-{number}") != whole:
+            pairs = zip_longest(harness.rows(tmp_path / f"run-{number}"), harness.rows(tmp_path / "whole"))
+            differ = [pair for pair in pairs if pair[0] != pair[1]]
+            pytest.fail(f"run {number}: {len(differ)} rows differ, the first: {str(differ[0])[:2000]}")
+    oracle.close()
+    print(f"{hit.total()} kills in {number} runs: {dict(hit)}")
+    assert {"SFT", "rollout", "reward", "RL", "teacher", "checkpoint", "evaluation"} <= set(hit)
 
 
 @pytest.mark.slow
