@@ -19,6 +19,10 @@ EDGE = 160
 """Longest edge of a picture in pixels; smaller ones keep their size."""
 
 
+Seen = dict[tuple[Any, ...], list[tuple[float, str]]]
+"""Pictures by path and window."""
+
+
 def choose(run: Run, blocks: SampleBlocks, most: int) -> list[int]:
     """Places of the samples that get pictures: taught and unsolved ones first, the rest spread evenly."""
     places = range(len(blocks.keys))
@@ -60,13 +64,17 @@ def clip_frames(path: str, start: float | None, end: float | None, count: int = 
         return found
 
 
-def frames_of(run: Run, blocks: SampleBlocks, limits: Limits) -> tuple[dict[int, list[list[tuple[float, str]]]], str]:
-    """Pictures by place in the index, one list per medium, and a note on what is missing (empty if nothing is)."""
+def frames_of(
+    run: Run, blocks: SampleBlocks, limits: Limits, seen: Seen | None = None
+) -> tuple[dict[int, list[list[tuple[float, str]]]], str]:
+    """Pictures by place in the index, one list per medium, and a note on what is missing (empty if nothing is).
+
+    `seen` holds what was decoded for an earlier page of the same run, and takes in what is decoded now.
+    """
     deadline = time.monotonic() + limits.frame_seconds
     media = dict(run.rows("SELECT key, media FROM samples"))
-    seen: dict[tuple[Any, ...], list[tuple[float, str]]] = {}
+    seen = {} if seen is None else seen
     found: dict[int, list[list[tuple[float, str]]]] = {}
-    failed = 0
     chosen = choose(run, blocks, limits.frame_samples)
     for done, place in enumerate(chosen):
         if time.monotonic() > deadline:
@@ -82,9 +90,9 @@ def frames_of(run: Run, blocks: SampleBlocks, limits: Limits) -> tuple[dict[int,
                     seen[key] = _pictures(medium)
                 except (OSError, av.FFmpegError, UnidentifiedImageError, IndexError):
                     seen[key] = []
-                    failed += 1
             strips.append(seen[key])
         found[place] = strips
+    failed = sum(not strip for strip in seen.values())
     return found, f"{failed} clips or images couldn't be read" if failed else ""
 
 

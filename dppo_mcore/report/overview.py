@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -115,7 +116,7 @@ def curves(run: Run) -> dict[str, Any]:
         span = spans.setdefault(phase, [step, step])
         span[1] = max(span[1], step)
         for name, value in row.items():
-            if "/" not in name or not isinstance(value, int | float):
+            if "/" not in name or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             series[name].append((step, value))
             if name.startswith("time/"):

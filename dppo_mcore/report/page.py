@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import os
+import re
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dppo_mcore.report.blocks import Limits, pack, sample_blocks
-from dppo_mcore.report.frames import frames_of
+from dppo_mcore.report.frames import Seen, frames_of
 from dppo_mcore.report.overview import overview
 from dppo_mcore.report.read import open_run
 
@@ -25,21 +28,31 @@ def _asset(name: str) -> str:
 
 
 def _inline(value: Any) -> str:
-    """JSON that can stand inside a script element."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    """JSON that can stand inside a script element: ASCII only, and no tag can begin in it."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _filled(template: str, contents: dict[str, str]) -> str:
+    """The template with its {{marks}} filled in one pass, so that contents which look like marks stay as they are."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: contents[found.group(1)], template)
+
+
+def _digest(script: str) -> str:
+    """How the page's policy names the one script that may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')}'"
 
 
 def _block(name: str, content: str) -> str:
     return f'<script type="text/plain" id="{name}">{content}</script>\n'
 
 
-def build(folder: Path, limits: Limits = Limits(), live: bool = False) -> str:  # noqa: B008
-    """The page of a run as text."""
+def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: Seen | None = None) -> str:  # noqa: B008
+    """The page of a run as text; `seen` keeps pictures from one page to the next."""
     run = open_run(folder)
     try:
         data = overview(run)
         samples = sample_blocks(run, limits)
-        pictures, note = frames_of(run, samples, limits)
+        pictures, note = frames_of(run, samples, limits, seen)
     finally:
         run.close()
     places = sorted(pictures)
@@ -57,17 +70,18 @@ def build(folder: Path, limits: Limits = Limits(), live: bool = False) -> str:  
     parts += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
     parts += [_block(f"pictures-{number}", pack({place: pictures[place] for place in group}))
               for number, group in enumerate(groups)]  # fmt: skip
-    scripts = "\n".join(_asset(name) for name in SCRIPTS)
-    page = _asset("page.html")
-    for mark, content in (
-        ("{{title}}", html.escape(f"{data['facts']['name']} · training report")),
-        ("{{styles}}", "\n".join(_asset(name) for name in STYLES)),
-        ("{{overview}}", _inline(data)),
-        ("{{scripts}}", scripts),
-        ("{{blocks}}", "".join(parts)),
-    ):
-        page = page.replace(mark, content, 1)
-    return page
+    code = "\n".join(_asset(name) for name in SCRIPTS)
+    script = f'\n"use strict";\n(() => {{\nconst DATA = {_inline(data)};\n{code}\n}})();\n'
+    return _filled(
+        _asset("page.html"),
+        {
+            "title": html.escape(f"{data['facts']['name']} · training report"),
+            "styles": "\n".join(_asset(name) for name in STYLES),
+            "script": script,
+            "digest": _digest(script),
+            "blocks": "".join(parts),
+        },
+    )
 
 
 def write(folder: Path, out: Path | None = None, limits: Limits = Limits()) -> Path:  # noqa: B008

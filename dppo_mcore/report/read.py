@@ -52,6 +52,8 @@ def open_run(folder: Path) -> Run:
         ) from error
     if version is None or int(version[0]) != SCHEMA_VERSION:
         raise ReportError(f"{path} has schema {version and version[0]}, this report reads {SCHEMA_VERSION}")
+    # One snapshot for all queries, however much a running job writes meanwhile.
+    ledger.execute("BEGIN")
     phases = dict(ledger.execute("SELECT key, name FROM phases ORDER BY key"))
     return Run(folder, ledger, phases)
 

@@ -8,11 +8,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dppo_mcore.report.blocks import Limits
+from dppo_mcore.report.frames import Seen
 from dppo_mcore.report.page import build
 from dppo_mcore.report.read import state_token
 
 REBUILD_SECONDS = 5.0
 """A page is not made anew more often."""
+SHARE_OF_TIME = 0.1
+"""Of one core, for making pages."""
+LOOPBACK = {"127.0.0.1", "localhost"}
 
 
 class LiveReport:
@@ -23,11 +27,12 @@ class LiveReport:
         self._lock = threading.Lock()
         self._page = b""
         self._token = ""
-        self._built = float("-inf")
+        self._rest_until = float("-inf")
+        self._seen: Seen = {}
 
     def token(self) -> str:
-        """What the page should show: changes at most every `REBUILD_SECONDS`."""
-        if time.monotonic() - self._built < REBUILD_SECONDS:
+        """What the page should show: changes at most every `REBUILD_SECONDS`, more rarely for a large run."""
+        if time.monotonic() < self._rest_until:
             return self._token
         return state_token(self.folder)
 
@@ -36,8 +41,10 @@ class LiveReport:
         with self._lock:
             token = self.token()
             if token != self._token:
-                self._page = build(self.folder, self.limits, live=True).encode("utf-8")
-                self._token, self._built = token, time.monotonic()
+                began = time.monotonic()
+                self._page = build(self.folder, self.limits, live=True, seen=self._seen).encode("utf-8")
+                now = time.monotonic()
+                self._token, self._rest_until = token, now + max(REBUILD_SECONDS, (now - began) / SHARE_OF_TIME)
             return self._page
 
 
@@ -47,7 +54,10 @@ def make_server(folder: Path, port: int, limits: Limits) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # noqa: N802
-            if self.path == "/version":
+            # A name that someone made point at 127.0.0.1 must not read a run through the browser.
+            if self.headers.get("Host", "").rsplit(":", 1)[0] not in LOOPBACK:
+                self.send_error(403)
+            elif self.path == "/version":
                 self._answer(report.token().encode(), "text/plain; charset=utf-8")
             elif self.path == "/":
                 self._answer(report.page(), "text/html; charset=utf-8")

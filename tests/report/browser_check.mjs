@@ -53,6 +53,11 @@ await timed("objectiveCleared", ["#samples [name=objective]", "-1"]);
 await timed("rate", ["#samples [name=high]", "0"]);
 result.checks.unsolved = await found();
 await timed("rateCleared", ["#samples [name=high]", "100"]);
+await timed("pool", ["#samples [name=pool]", "0"]);
+await timed("poolCleared", ["#samples [name=pool]", "-1"]);
+const phase = await page.locator("#samples [name=phase] option").last().getAttribute("value");
+await timed("phase", ["#samples [name=phase]", phase]);
+await timed("phaseCleared", ["#samples [name=phase]", ""]);
 await timed("order", ["#samples [name=order]", "low"]);
 await timed("with", ["#samples [name=with]", "teacher"]);
 result.checks.taught = await found();
@@ -72,6 +77,21 @@ result.checks.pictures = await page.locator("#samples .strip img").count();
 result.checks.answers = await page.locator("#samples .detail .answers > li").count();
 await page.locator("#samples").scrollIntoViewIfNeeded();
 await shoot("sample");
+
+// Text from models and manifests stays text.
+await page.click("#samples button[type=reset]");
+await page.waitForFunction((all) => document.querySelector("#samples [role=status]").textContent.replaceAll(",", "").startsWith(all), String(result.checks.all));
+await page.fill("#samples [name=text]", "rl-hostile");
+result.checks.hostile = await found();
+if (result.checks.hostile) {
+  await page.locator("#samples .list button").first().click();
+  await page.waitForFunction(() => document.querySelector("#samples .detail .tags")?.textContent.includes("rl-hostile"));
+  result.checks.hostileText = await page.evaluate(() => { const text = document.querySelector("#samples .detail").textContent; return text.includes("</script><script>") && text.includes("U+202E") && !text.includes("\u202e"); });
+  result.checks.inserted = await page.locator("#samples .detail script, #samples .detail img[src=x]").count();
+  await shoot("hostile");
+}
+result.checks.pwned = await page.evaluate(() => String(globalThis.pwned));
+await page.fill("#samples [name=text]", "");
 
 // The keyboard alone: from the first sample onwards.
 await page.locator("#samples .list button").first().focus();
@@ -94,5 +114,14 @@ await shoot("dark", true);
 await page.setViewportSize({ width: 390, height: 844 });
 result.checks.overflow = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
 await shoot("phone");
+const small = await browser.newPage({ viewport: { width: 390, height: 844 }, colorScheme: "light" });
+small.on("pageerror", (error) => result.errors.push(String(error)));
+await small.goto(pathToFileURL(report).href, { waitUntil: "commit" });
+await small.waitForFunction(() => document.documentElement.dataset.ready === "yes", null, { timeout: 60000 });
+result.checks.overflowNarrow = await small.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+for (const name of shots ? ["summary", "progress", "practice", "curves", "samples"] : []) {
+  await small.evaluate((id) => document.getElementById(id).scrollIntoView({ behavior: "instant" }), name);
+  await small.screenshot({ path: `${shots}/phone-${name}.png` });
+}
 console.log(JSON.stringify(result));
 await browser.close();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,11 @@ PHASES = (
     ("2-2 SFT", 2, "sft"),
 )
 START = 1.79e9
+HOSTILE = (
+    '</script><script>globalThis.pwned = 1</script><img src="x" onerror="globalThis.pwned = 1">'
+    " \u202egnol eb ot\u202c \u05e9\u05dc\u05d5\u05dd \x1b[31m {{blocks}}"
+)
+"""What a model, a manifest or a file name may hold: tags, marks that reverse text, right-to-left words, controls."""
 SYLLABLES = (("gri", "blo", "mo", "ta", "ro"), ("p", "ck", "ve", "bl"), ("er", "s", "ed"))
 WORDS = tuple(a + b + c for a in SYLLABLES[0] for b in SYLLABLES[1] for c in SYLLABLES[2])
 
@@ -45,6 +51,12 @@ def _samples(count: int, folder: Path, pool: str, clips: int) -> list[Sample]:
                    {"kind": kind, "truth": full_answer(question)})
         )  # fmt: skip
     return found
+
+
+def _hostile() -> Sample:
+    extras = {"truth": f"<think>{HOSTILE}</think><answer>{HOSTILE}</answer>"}
+    turns = (Turn("user", HOSTILE),)
+    return Sample("rl-hostile", "counting", turns, dimension=HOSTILE, gold=HOSTILE, source=HOSTILE, extras=extras)
 
 
 def _sum(a: int, b: int) -> Sample:
@@ -88,6 +100,7 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     pool = _samples(max(72, rollouts // GROUP // 2), folder / "media" / "pool", "rl", clips)
+    pool.append(_hostile())
     held_out = _samples(180, folder / "media" / "eval", "eval", 4)
     general = [_sum(k % 9, k // 9) for k in range(60)]
     steps = max(12, rollouts // (GROUP * 64))
@@ -99,7 +112,7 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
         step, clock, order = 0, START, 0
         for number, (name, _, kind) in enumerate(PHASES):
             ledger.start_phase(name, step)
-            began = clock
+            began, first = clock, step
             if kind == "rl":
                 ledger.record_buffer(name, [BufferRow(s.id, ("kept", "mastered", "capped")[hash_of(s.id) % 3], 4, 2)
                                             for s in pool])  # fmt: skip
@@ -110,14 +123,14 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
                     order += per_step
                     scored = [_answer(s, bool(rng.random() < _skill(s, progress)), k, rng)
                               for s in group for k in range(GROUP)]  # fmt: skip
-                    ledger.record_rollouts(name, step, scored)
+                    ledger.record_rollouts(name, local, scored)
+                    tasks = {s.objective: _task(s, progress, 0.2 + 0.75 * local / steps) for s in pool[:9]}
                     success = float(np.mean([one.success for one in scored]))
-                    _write_step(metrics, step, name, progress, success, rng, clock)
+                    _write_step(metrics, step, name, progress, success, tasks, rng, clock)
                     step, clock = step + 1, clock + 4.0
-                tasks = {s.objective: _task(s, progress) for s in pool[:: len(pool) // 72]}
-                score = float(np.mean([task["score"] for task in tasks.values()]))
+                score = _mean_score(tasks)
                 reason = f"S = {score:.2f}: " + ", ".join(f"{n} {t['score']:.2f}" for n, t in tasks.items())
-                ledger.decide(name, step - 1, "stagnation", {"score": score, "tasks": tasks, "frozen": []}, reason)
+                ledger.decide(name, steps, "stagnation", {"score": score, "tasks": tasks, "frozen": []}, reason)
             else:
                 reason = "the corpus is through"
                 if number:
@@ -131,32 +144,36 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
             for set_name, samples, drift in (("eval", held_out, 0.0), ("eval-general", general, 0.4)):
                 answers = [_answer(s, bool(rng.random() < max(_skill(s, (number + 1) / len(PHASES)), drift)), 0, rng)
                            for s in samples]  # fmt: skip
-                ledger.record_evaluation(name, step, set_name, {}, answers)
+                ledger.record_evaluation(name, step - first, set_name, {}, answers)
             ledger.finish_phase(name, step, reason)
             clock += 6.0
             ledger.connection.execute(
                 "UPDATE phases SET started_at = ?, ended_at = ? WHERE name = ?", (began, clock, name)
             )
-        ledger.quarantine(str(folder / "media" / "broken.mp4"), pool[0].id, "truncated: 3 of 64 frames")
+        ledger.quarantine(str(folder / "media" / "broken.mp4"), pool[0].id, f"truncated: 3 of 64 frames {HOSTILE}")
     (folder / "config.yaml").write_text("run:\n  run: synthetic\npractice:\n  stagnation_threshold: 0.7\n")
     return folder
 
 
-def _task(sample: Sample, progress: float) -> dict[str, object]:
+def _mean_score(tasks: dict[str, dict[str, Any]]) -> float:
+    return float(np.mean([task["score"] for task in tasks.values()]))
+
+
+def _task(sample: Sample, progress: float, flatness: float) -> dict[str, Any]:
     success = _skill(sample, progress)
     extremity = abs(2 * success - 1)
-    return {"score": 0.3 * extremity + 0.7 * 0.9, "success": success, "change": 0.004, "error": 0.01,
-            "extremity": extremity, "flatness": 0.9, "window": 12, "prompts": 640, "ready": True}  # fmt: skip
+    return {"score": 0.3 * extremity + 0.7 * flatness, "success": success, "change": 0.004, "error": 0.01,
+            "extremity": extremity, "flatness": flatness, "window": 12, "prompts": 640, "ready": True}  # fmt: skip
 
 
-def _write_step(file: object, step: int, name: str, progress: float, success: float, rng: np.random.Generator,
-                clock: float) -> None:  # fmt: skip
+def _write_step(file: object, step: int, name: str, progress: float, success: float,
+                tasks: dict[str, dict[str, Any]], rng: np.random.Generator, clock: float) -> None:  # fmt: skip
     row = {"step": step, "time": clock, "phase": name, "rl/reward": 0.1 + 0.9 * success, "rl/success": success,
            "rl/format": 0.9, "rl/kl_ref": 0.02 * progress + 0.002 * rng.random(), "rl/entropy": 1.2 - progress,
            "rl/response_tokens": 9 + rng.random(), "rl/live_groups": 0.5 - 0.3 * progress, "rl/all_pass": 0.2,
            "rl/all_fail": 0.3 - 0.2 * progress, "rl/loss": 0.01 * rng.normal(), "rl/clip_fraction_low": 0.01,
-           "rl/clip_fraction_high": 0.02, "rl/stagnation": min(0.72, 0.2 + progress),
-           "rl/stagnation/counting": min(0.8, 0.3 + progress), "rl/stagnation/planning": 0.6,
+           "rl/clip_fraction_high": 0.02, "rl/stagnation": _mean_score(tasks),
+           **{f"rl/stagnation/{objective}": task["score"] for objective, task in tasks.items()},
            "train/lr": 1e-6, "train/grad_norm": 1 + rng.random(), "train/mfu": 0.31 + 0.02 * rng.random(),
            "train/flops": 3e12,
            "time/generate": 2.0, "time/reward": 0.1, "time/train": 1.6, "time/logprobs": 0.3, "time/sync": 0.1,
@@ -166,7 +183,7 @@ def _write_step(file: object, step: int, name: str, progress: float, success: fl
 
 def _refine(ledger: Ledger, name: str, pool: list[Sample], general: list[Sample], rng: np.random.Generator) -> None:
     """Teacher answers for unsolved samples and the corpus made of them."""
-    weak = [s for s in pool if s.objective == "planning"][:200]
+    weak = [pool[-1], *(s for s in pool if s.objective == "planning")][:200]
     answers = [
         TeacherAnswer(s.id, 0, k, "oracle", str(s.extras["truth"]), 1.0 if k < 3 else 0.1, k < 3, k == 0, None, 9)
         for s in weak

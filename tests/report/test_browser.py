@@ -64,7 +64,11 @@ def judge(result: dict[str, Any]) -> None:
     checks = result["checks"]
     assert checks["all"] > checks["objective"] > 0 and checks["all"] > checks["text"] > 0
     assert checks["secondPage"] and checks["keyboard"] and checks["answers"] > 0 and checks["numbers"] > 0
-    assert checks["pictures"] >= 8 and checks["overflow"] <= 0
+    assert (
+        checks["pictures"] >= 8
+        and max(checks["overflow"], checks["overflowNarrow"]) <= 0
+        and checks["pwned"] == "undefined"
+    )
     for theme in ("light", "dark"):
         serious = [found for found in result[theme] if found["impact"] in ("serious", "critical")]
         assert not serious, f"{theme}: {json.dumps(serious, indent=1)}"
@@ -77,7 +81,9 @@ def test_a_report_of_100k_rollouts(tmp_path: Path, node_modules: Path) -> None:
     print(f"{report.stat().st_size / 1e6:.1f} MB")
     result = check(report, node_modules, TOOLS / "shots-100k")
     judge(result)
-    assert result["checks"]["taught"] > 0 and result["checks"]["unsolved"] > 0
+    checks = result["checks"]
+    assert checks["taught"] > 0 and checks["unsolved"] > 0
+    assert checks["hostile"] == 1 and checks["hostileText"] and checks["inserted"] == 0
 
 
 def test_the_report_of_a_demo_run(node_modules: Path) -> None:

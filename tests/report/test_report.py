@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
+import math
 import re
 import threading
 import urllib.request
@@ -12,13 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.report import frames
 from dppo_mcore.report.__main__ import main
 from dppo_mcore.report.blocks import Limits, sample_blocks
+from dppo_mcore.report.frames import Seen
 from dppo_mcore.report.overview import overview, rate_class
 from dppo_mcore.report.page import build
 from dppo_mcore.report.read import open_run, read_metrics, state_token, text_of
 from dppo_mcore.report.statistics import thin, wilson
 from dppo_mcore.report.watch import make_server
+from dppo_mcore.types import Sample, Turn
 from tests.report.synthetic import make_run
 
 
@@ -113,6 +119,43 @@ def test_text_from_the_model_cannot_leave_its_script(tmp_path: Path) -> None:
     assert "alert(1)</script>" not in page
 
 
+def test_only_the_script_written_here_may_run(page: str) -> None:
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert script and page.count("<script>") == 1
+    digest = base64.b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page and "script-src 'unsafe-inline'" not in page
+
+
+def test_contents_that_look_like_marks_or_are_no_text_stay_as_they_are(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    (folder / "config.yaml").write_text("run: '{{styles}} {{blocks}} {{script}}'")
+    (folder / "metrics.jsonl").open("a").write('{"step": 99, "phase": "\\ud800", "rl/reward": 0.5}\n')
+    page = build(folder, Limits(frame_samples=0))
+    assert "{{styles}} {{blocks}} {{script}}" in page and page.count('id="samples-index"') == 1
+    page.encode("utf-8")
+
+
+def test_a_collapsed_run_still_has_curves(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "phase": "2-1 RL", "rl/loss": NaN, "rl/reward": Infinity, "rl/entropy": 0.25}\n')
+    opened = open_run(folder)
+    series = overview(opened)["curves"]["series"]
+    opened.close()
+    assert all(math.isfinite(value) for points in series.values() for _, value in points)
+    assert series["rl/entropy"][-1] == (99, 0.25)
+
+
+def test_one_page_shows_one_moment_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    opened = open_run(folder)
+    before = opened.rows("SELECT count(*) FROM samples")
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.add_samples([Sample("late", "exact", (Turn("user", "late ?"),))], "rl")
+    assert opened.rows("SELECT count(*) FROM samples") == before
+    opened.close()
+
+
 def test_bounds_on_rollouts_and_size_are_kept_and_told(run: Path) -> None:
     opened = open_run(run)
     newest = sample_blocks(opened, Limits(rollouts=200))
@@ -141,11 +184,16 @@ def test_a_folder_without_a_ledger_is_one_clear_line(tmp_path: Path, capsys: pyt
 
 
 def test_an_empty_run_makes_a_page(tmp_path: Path) -> None:
-    from dppo_mcore.practice.ledger import Ledger
-
     Ledger(tmp_path / "ledger.sqlite").close()
     assert main([str(tmp_path)]) == 0
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_a_page_made_anew_reuses_the_pictures(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Seen = {}
+    first = unpack(build(run, Limits(frame_samples=3), seen=seen), "pictures-0")
+    monkeypatch.setattr(frames, "_pictures", lambda medium: pytest.fail("decoded again"))
+    assert unpack(build(run, Limits(frame_samples=3), seen=seen), "pictures-0") == first
 
 
 def test_watching_serves_on_loopback_and_follows_the_run(run: Path) -> None:
@@ -158,8 +206,10 @@ def test_watching_serves_on_loopback_and_follows_the_run(run: Path) -> None:
         body = urllib.request.urlopen(f"{address}/", timeout=30).read().decode()
         assert '"live": true' in body
         assert urllib.request.urlopen(f"{address}/version", timeout=30).read().decode() == state_token(run)
-        with pytest.raises(urllib.error.HTTPError):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/ledger.sqlite", timeout=30)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(f"{address}/", headers={"Host": "evil.example"}), timeout=30)
     finally:
         server.shutdown()
         server.server_close()

@@ -22,7 +22,7 @@ async function browse() {
   const pick = (name, key, options) => node("label", {}, name, node("select", { name: key, on: { change: (event) => { state[key] = event.target.value; if (key === "phase") state.rates = ratesOf(index, state.phase); refresh(); } } },
     options.map(([value, text]) => node("option", { value }, text))));
   const bound = (key, label) => node("input", { type: "number", min: 0, max: 100, step: 5, name: key, value: 100 * state[key], "aria-label": label, on: { input: (event) => { state[key] = (+event.target.value || 0) / 100; refresh(); } } });
-  into.append(node("form", { cls: "filters", role: "search", "aria-label": "Filter samples", on: { submit: (event) => event.preventDefault(), reset: () => setTimeout(() => { Object.assign(state, { text: "", objective: -1, dimension: -1, pool: -1, with: "", low: 0, high: 1, order: "", phase: "", rates: ratesOf(index, "") }); refresh(); }) } },
+  const form = node("form", { cls: "filters", role: "search", "aria-label": "Filter samples", on: { submit: (event) => event.preventDefault(), reset: () => setTimeout(() => { Object.assign(state, { text: "", objective: -1, dimension: -1, pool: -1, with: "", low: 0, high: 1, order: "", phase: "", rates: ratesOf(index, "") }); refresh(); }) } },
     node("label", { cls: "wide" }, "Text or id", node("input", { type: "search", name: "text", autocomplete: "off", on: { input: (event) => { state.text = event.target.value; refresh(); } } })),
     choice("Objective", "objective", index.words.objective, "all objectives"),
     choice("Dimension", "dimension", index.words.dimension, "all dimensions"),
@@ -31,8 +31,8 @@ async function browse() {
     node("label", {}, "Success rate, %", node("span", { cls: "range" }, bound("low", "Lowest success rate in percent"), "to", bound("high", "Highest success rate in percent"))),
     pick("Only with", "with", [["", "anything"], ["teacher", "a teacher's answer"], ["corpus", "a place in a corpus"], ["pictures", "pictures"]]),
     pick("Order", "order", [["", "as in the pool"], ["low", "lowest success first"], ["high", "highest success first"]]),
-    node("label", {}, "\u00a0", node("button", { type: "reset" }, "Clear filters"))));
-  into.append(node("div", { cls: "split" }, node("div", {}, node("div", { cls: "found" }, status, back, forth), list,
+    node("label", {}, "\u00a0", node("button", { type: "reset" }, "Clear filters")));
+  into.append(form, node("div", { cls: "split" }, node("div", {}, node("div", { cls: "found" }, status, back, forth), list,
     node("p", { cls: "note", style: "margin-top:8px" }, node("kbd", {}, "j"), " and ", node("kbd", {}, "k"), " step through the samples found.")), detail));
 
   function refresh() {
@@ -54,24 +54,45 @@ async function browse() {
     back.disabled = state.page === 0;
     forth.disabled = state.page >= pages - 1;
     list.replaceChildren(...state.found.slice(from, from + PAGE).map(entry));
+    remember();
+  }
+
+  // While a run is followed the page is loaded anew: filters, page and chosen sample stay.
+  const fields = () => [...form.querySelectorAll("input, select")];
+  function remember() {
+    if (!DATA.live) return;
+    const filters = fields().map((field) => (field.selectedOptions ? field.selectedOptions[0].text : field.value));
+    stored("report-browser", JSON.stringify({ filters, page: state.page, id: index.id[state.current] ?? "" }), "sessionStorage");
+  }
+
+  async function recall({ filters, page, id }) {
+    fields().forEach((field, k) => {
+      if (field.options) field.selectedIndex = Math.max(0, [...field.options].findIndex((option) => option.text === filters[k]));
+      else field.value = filters[k];
+      field.dispatchEvent(new Event(field.options ? "change" : "input"));
+    });
+    state.page = Math.min(page, Math.max(0, Math.ceil(state.found.length / PAGE) - 1));
+    draw();
+    if (index.id.includes(id)) await open(index.id.indexOf(id));
   }
 
   function entry(k) {
     const rate = state.rates[k];
     return node("li", {}, node("button", { type: "button", "data-place": k, "aria-current": k === state.current ? "true" : null, on: { click: () => open(k) } },
-      node("span", { cls: "question" }, index.question[k].replaceAll(/<(video|image)>/g, "").trim() || index.id[k]),
+      node("span", { cls: "question", dir: "auto" }, asked(index.question[k]) || index.id[k]),
       node("span", { cls: "meta" }, `${index.words.objective[index.objective[k]]} · ${index.id[k]}`),
       node("span", { cls: "rate" }, rate < 0 ? "not rolled out" : percent(rate), rate < 0 ? null : node("span", { cls: "track", "aria-hidden": "true" }, node("span", { style: `width:${100 * rate}%` })))));
   }
 
   async function open(k) {
     state.current = k;
+    remember();
     list.querySelectorAll("button").forEach((button) => { if (+button.dataset.place === k) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current"); });
     const made = await sampleView(index, k);
     if (state.current === k) { detail.replaceChildren(...made); detail.scrollTop = 0; }
   }
 
-  document.addEventListener("keydown", (event) => {
+  into.addEventListener("keydown", (event) => {
     if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey || !["j", "k"].includes(event.key)) return;
     const at = state.found.indexOf(state.current) + (event.key === "j" ? 1 : -1);
     if (at < 0 || at >= state.found.length) return;
@@ -82,21 +103,23 @@ async function browse() {
     const button = list.querySelector(`[data-place="${state.found[at]}"]`);
     button?.focus();
   });
+  const before = DATA.live ? stored("report-browser", undefined, "sessionStorage") : null;
   refresh();
+  if (before) await recall(JSON.parse(before));
 }
 
 async function sampleView(index, k) {
-  const title = node("h3", {}, index.question[k].replaceAll(/<(video|image)>/g, "").trim() || index.id[k]);
+  const title = node("h3", { dir: "auto" }, asked(index.question[k]) || index.id[k]);
   const word = (name) => index.words[name][index[name][k]];
-  const tags = node("div", { cls: "tags" }, [index.id[k], word("objective"), word("dimension"), word("pool"), word("source")].filter(Boolean).map((text) => node("span", { cls: "tag" }, text)));
+  const tags = node("div", { cls: "tags" }, [index.id[k], word("objective"), word("dimension"), word("pool"), word("source")].filter(Boolean).map((text) => tag(text)));
   if (index.block[k] < 0) return [title, tags, node("p", { cls: "note" }, "This sample's rollouts are in the ledger only; the file's size bound was reached.")];
   const sample = (await block(`samples-${index.block[k]}`))[k];
-  title.textContent = sample.q.replaceAll(/<(video|image)>/g, "").trim() || index.id[k];
+  title.textContent = asked(sample.q) || index.id[k];
   const parts = [title, tags];
   if (k in DATA.browser.pictures) parts.push(...(await block(`pictures-${DATA.browser.pictures[k]}`))[k].map((strip) => pictures(strip)));
   const facts = [["Gold", sample.gold === null ? null : typeof sample.gold === "string" ? sample.gold : JSON.stringify(sample.gold)], ["Reference", sample.answer],
     ["Media", sample.media.map((one) => one.path.split("/").pop() + (one.start !== null || one.end !== null ? ` (${one.start ?? 0} s to ${one.end ?? "the end"})` : "")).join(", ")]].filter(([, value]) => value);
-  parts.push(node("dl", { cls: "pair" }, facts.flatMap(([name, value]) => [node("dt", {}, name), node("dd", {}, value)])));
+  parts.push(node("dl", { cls: "pair" }, facts.flatMap(([name, value]) => [node("dt", {}, name), node("dd", { dir: "auto" }, plain(value))])));
   const seen = Object.entries(index.rates).filter(([, list]) => list[k][0]).map(([phase, list]) => [phase, list[k][0], list[k][1], percent(list[k][1] / list[k][0])]);
   if (seen.length) parts.push(node("h4", {}, "Success by phase"), table(["phase", "answers", "right", "rate"], seen));
   if (sample.teacher) parts.push(node("h4", {}, "The teacher's answers"), node("ol", { cls: "answers" }, sample.teacher.map(([phase, model, reward, right, kept, error, text]) => answer(right, text, [node("b", {}, model || "teacher"), `asked after ${phase}`, `reward ${compact(reward)}`, kept ? tag("kept", "good") : tag("not kept"), error ? tag(error, "bad") : null]))));
@@ -106,7 +129,8 @@ async function sampleView(index, k) {
   return parts;
 }
 
-const tag = (text, kind = "") => node("span", { cls: `tag ${kind}` }, text);
+const tag = (text, kind = "") => node("span", { cls: `tag ${kind}` }, plain(text));
+const asked = (question) => plain(question.replaceAll(/<(video|image)>/g, "")).trim();
 const rewards = (reward, found) => [`reward ${compact(reward)}`, Object.entries(found).map(([name, value]) => `${name} ${typeof value === "number" ? compact(value) : value}`).join(", ")];
 
 function rollout([phase, step, number, reward, right, tokens, finish, found, versions, error, text]) {
@@ -115,7 +139,7 @@ function rollout([phase, step, number, reward, right, tokens, finish, found, ver
 }
 
 function answer(right, text, head) {
-  return node("li", { cls: right ? "right" : "" }, node("div", { cls: "head" }, head.filter(Boolean).map((part) => (part instanceof Node ? part : node("span", {}, part)))), node("p", { cls: "text" }, marked(text)));
+  return node("li", { cls: right ? "right" : "" }, node("div", { cls: "head" }, head.filter(Boolean).map((part) => (part instanceof Node ? part : node("span", {}, plain(part))))), node("p", { cls: "text", dir: "auto" }, marked(plain(text))));
 }
 
 // The answer proper stands out; tags step back.

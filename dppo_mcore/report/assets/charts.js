@@ -1,5 +1,7 @@
 // Line, stacked area, grouped and stacked bars, radar and timeline charts as inline SVG.
-const MARGIN = { left: 46, right: 14, top: 12, bottom: 30 };
+const NARROW = innerWidth < 640; // smaller drawings keep their letters readable on a phone
+const WIDE = NARROW ? 350 : 540;
+const MARGIN = { left: 48, right: 14, top: 18, bottom: 30 };
 
 function frame(svg, width, height, x, y, { xTicks, yTicks, xLabel, format = compact, xFormat = compact }) {
   for (const value of yTicks) {
@@ -8,7 +10,7 @@ function frame(svg, width, height, x, y, { xTicks, yTicks, xLabel, format = comp
   }
   for (const value of xTicks) svg.append(shape("text", { x: x(value), y: height - 11, "text-anchor": "middle" }, xFormat(value)));
   svg.append(shape("line", { cls: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: height - MARGIN.bottom, y2: height - MARGIN.bottom }));
-  if (xLabel) svg.append(shape("text", { x: width - MARGIN.right, y: height - MARGIN.bottom - 5, "text-anchor": "end" }, xLabel));
+  if (xLabel) svg.append(shape("text", { x: MARGIN.left - 14, y: height - 11, "text-anchor": "end" }, xLabel));
 }
 
 function extent(values, floor, ceiling) {
@@ -19,10 +21,14 @@ function extent(values, floor, ceiling) {
   return [floor !== undefined && low >= floor ? low : low - (high - low) * .06, high + pad];
 }
 
-const linePath = (points, x, y) => points.map(([a, b], k) => `${k ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");
+// A line that breaks where one phase ends and another begins: nothing was measured between them.
+function linePath(points, x, y, bands) {
+  const phase = (at) => bands.findIndex((band) => at >= band.from && at <= band.to);
+  return points.map(([a, b], k) => `${k && phase(a) === phase(points[k - 1][0]) ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");
+}
 
-// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, name}]
-function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], format = compact, xLabel = "step", size = [540, 230] }) {
+// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, value, name}]
+function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], format = compact, xLabel = "step", size = [WIDE, 230] }) {
   const [width, height] = size;
   const svg = canvas(width, height);
   const shown = series.filter((one) => one.points.length);
@@ -36,20 +42,23 @@ function lineChart({ title, note, series, floor, ceiling, threshold, bands = [],
     const from = Math.max(band.from, x0), to = Math.min(band.to, x1);
     if (to <= from) continue;
     svg.append(shape("rect", { x: x(from), y: MARGIN.top, width: x(to) - x(from), height: height - MARGIN.bottom - MARGIN.top, style: `fill:${band.color};opacity:.075` }));
-    if (x(to) - x(from) > 34) svg.append(shape("text", { x: (x(from) + x(to)) / 2, y: MARGIN.top + 9, "text-anchor": "middle", style: "font-size:10px" }, band.name));
+    if (x(to) - x(from) > 6 * band.name.length) svg.append(shape("text", { x: (x(from) + x(to)) / 2, y: MARGIN.top - 6, "text-anchor": "middle", style: "font-size:10px" }, band.name));
   }
   frame(svg, width, height, x, y, { xTicks: wholeTicks(x0, x1, width / 90), yTicks: ticks(y0, y1, 4), xLabel, format });
   if (threshold) {
     svg.append(shape("line", { cls: "threshold", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(threshold.at), y2: y(threshold.at) }));
-    svg.append(shape("text", { x: MARGIN.left + 6, y: y(threshold.at) - 5 }, threshold.name));
-  }
-  for (const moment of moments) {
-    svg.append(shape("line", { cls: "moment", x1: x(moment.at), x2: x(moment.at), y1: MARGIN.top, y2: height - MARGIN.bottom }));
-    if (moment.name) svg.append(shape("text", { cls: "strong", x: x(moment.at) - 5, y: height - MARGIN.bottom - 8, "text-anchor": "end" }, moment.name));
+    svg.append(shape("text", { x: MARGIN.left + 8, y: y(threshold.at) - 6, style: "fill:var(--bad)" }, threshold.name));
   }
   for (const one of shown) {
     if (one.points.length === 1) svg.append(shape("circle", { cls: "mark", cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 4, style: `fill:${one.color}` }));
-    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
+    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y, bands), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
+  }
+  for (const moment of moments) {
+    const at = x(Math.min(x1, Math.max(x0, moment.at)));
+    const left = at > MARGIN.left + 8 * moment.name.length;
+    svg.append(shape("line", { cls: "moment", x1: at, x2: at, y1: MARGIN.top, y2: height - MARGIN.bottom }),
+      shape("circle", { cls: "mark", cx: at, cy: y(moment.value), r: 5.5, style: "fill:var(--bad)" }),
+      shape("text", { cls: "strong halo", x: at + (left ? -8 : 8), y: height - MARGIN.bottom - 10, "text-anchor": left ? "end" : "start" }, moment.name));
   }
   hover(svg, shown, x, y, width, height, format);
   const at = new Map();
@@ -84,7 +93,7 @@ function hover(svg, series, x, y, width, height, format) {
 }
 
 // columns: [[x, [counts per class]]], drawn as shares of each column.
-function shareArea({ title, note, columns, classes, colors, size = [540, 230] }) {
+function shareArea({ title, note, columns, classes, colors, size = [WIDE, 230] }) {
   const [width, height] = size;
   const svg = canvas(width, height);
   const y = scale([0, 1], [height - MARGIN.bottom, MARGIN.top]);
@@ -103,12 +112,21 @@ function shareArea({ title, note, columns, classes, colors, size = [540, 230] })
     svg.append(withTip(bar, `step ${step}, ${whole(total)} groups\n${classes.map((name, place) => `${name}  ${percent(counts[place] / total)}`).reverse().join("\n")}`));
   });
   const every = Math.max(1, Math.ceil(columns.length / 6));
+  svg.append(shape("text", { x: MARGIN.left - 14, y: height - 11, "text-anchor": "end" }, "step"));
   for (const value of [0, .25, .5, .75, 1]) svg.append(shape("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, percent(value)));
   columns.forEach(([step], k) => { if (k % every === 0) svg.append(shape("text", { x: x(k) + wide / 2, y: height - 11, "text-anchor": "middle" }, compact(step))); });
   const last = columns[columns.length - 1][1], sum = last.reduce((a, b) => a + b, 0) || 1;
   return figure({ title, note, drawing: svg, legend: classes.map((name, k) => ({ name, color: colors[k] })),
     label: `${title}. At the end: ${classes.map((name, k) => `${name} ${percent(last[k] / sum)}`).join(", ")}`,
     columns: ["step", ...classes], rows: columns.map(([step, counts]) => [step, ...counts]) });
+}
+
+// A long name in two lines of about the same length.
+function twoLines(name, most) {
+  if (name.length <= most || !name.includes(" ")) return [name];
+  const gaps = [...name].flatMap((sign, k) => (sign === " " ? [k] : []));
+  const middle = gaps.reduce((a, b) => (Math.abs(b - name.length / 2) < Math.abs(a - name.length / 2) ? b : a));
+  return [name.slice(0, middle), name.slice(middle + 1)];
 }
 
 // groups: [{name, bars: [{name, color, value, low, high, n}]}]; values in [0, 1].
@@ -129,7 +147,8 @@ function groupedBars({ title, note, groups, size = [1120, 280] }) {
       if (bar.low !== undefined) made.append(shape("path", { cls: "whisker", d: `M${at + wide / 2},${y(bar.low)}V${y(bar.high)}M${at + wide / 2 - 3},${y(bar.high)}h6M${at + wide / 2 - 3},${y(bar.low)}h6` }));
       svg.append(withTip(made, `${group.name} · ${bar.name}\n${percent(bar.value, 1)}${bar.low === undefined ? "" : `  (95%: ${percent(bar.low, 1)} to ${percent(bar.high, 1)}, n = ${bar.n})`}`));
     });
-    svg.append(shape("text", { x: MARGIN.left + (g + .5) * room, y: height - 10, "text-anchor": "middle" }, group.name));
+    const lines = twoLines(group.name, room / 6.4);
+    lines.forEach((text, row) => svg.append(shape("text", { x: MARGIN.left + (g + .5) * room, y: height - 12 + 13 * row, "text-anchor": "middle" }, text)));
   });
   const rows = groups.flatMap((group) => group.bars.map((bar) => [group.name, bar.name, percent(bar.value, 1), bar.low === undefined ? "" : `${percent(bar.low, 1)} to ${percent(bar.high, 1)}`, bar.n ?? null]));
   const legend = [...new Map(groups.flatMap((group) => group.bars).map((bar) => [bar.name, bar])).values()];
@@ -138,7 +157,7 @@ function groupedBars({ title, note, groups, size = [1120, 280] }) {
 }
 
 // rows: [{name, parts: [{name, color, value}]}], horizontal and stacked.
-function stackedBars({ title, note, rows, format = compact, size = 540 }) {
+function stackedBars({ title, note, rows, format = compact, size = WIDE }) {
   const line = 30, left = 92;
   const height = rows.length * line + 10;
   const svg = canvas(size, height);
@@ -162,7 +181,7 @@ function stackedBars({ title, note, rows, format = compact, size = 540 }) {
 
 // axes: names; series: [{name, color, values in [0, 1]}]
 function radar({ title, note, axes, series }) {
-  const [width, height] = [540, 400], cx = width / 2, cy = height / 2 + 2, radius = 138;
+  const [width, height, radius] = NARROW ? [WIDE, 300, 84] : [WIDE, 400, 138], cx = width / 2, cy = height / 2 + 2;
   const svg = canvas(width, height);
   const angle = (k) => (Math.PI * 2 * k) / axes.length - Math.PI / 2;
   const place = (k, share) => [cx + Math.cos(angle(k)) * radius * share, cy + Math.sin(angle(k)) * radius * share];
@@ -174,7 +193,7 @@ function radar({ title, note, axes, series }) {
     const [x, y] = place(k, 1), side = Math.cos(angle(k));
     svg.append(shape("line", { cls: "gridline", x1: cx, y1: cy, x2: x, y2: y }));
     const anchor = Math.abs(side) < .15 ? "middle" : side > 0 ? "start" : "end";
-    const lines = name.includes(" & ") ? [name.split(" & ")[0] + " &", name.split(" & ")[1]] : [name];
+    const lines = twoLines(name, 16);
     lines.forEach((text, row) => svg.append(shape("text", { x: x + side * 12, y: y + Math.sin(angle(k)) * 14 + 4 + (row - (lines.length - 1) / 2) * 13, "text-anchor": anchor }, text)));
   });
   for (const one of series) {

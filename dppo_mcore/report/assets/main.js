@@ -6,11 +6,6 @@ function theme(name) {
   document.getElementById("theme").setAttribute("aria-pressed", name === "dark");
 }
 
-function stored(key, value) {
-  try { if (value === undefined) return localStorage.getItem(key); localStorage.setItem(key, value); } catch { /* storage may be off */ }
-  return null;
-}
-
 theme(stored("report-theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 document.getElementById("theme").addEventListener("click", () => {
   const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
@@ -19,7 +14,10 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 
 for (const draw of [summary, timeline, progress, practice, curves, time, corpus, details]) draw();
-addEventListener("DOMContentLoaded", () => browse().then(() => { document.documentElement.dataset.ready = "yes"; }));
+addEventListener("DOMContentLoaded", () => browse().then(() => {
+  if (DATA.live) scrollTo({ top: +stored("report-scroll", undefined, "sessionStorage") || 0, behavior: "instant" });
+  document.documentElement.dataset.ready = "yes";
+}));
 
 if (DATA.live) {
   const live = document.getElementById("live");
@@ -30,12 +28,11 @@ if (DATA.live) {
     try {
       const version = await (await fetch("/version")).text();
       if (known !== null && version !== known && !document.querySelector("input:focus, select:focus")) {
-        sessionStorage.setItem("report-scroll", scrollY);
+        stored("report-scroll", scrollY, "sessionStorage");
         location.reload();
       }
       known = version;
       live.textContent = "live";
     } catch { live.textContent = "the server has gone"; }
   }, 3000);
-  addEventListener("load", () => scrollTo(0, +sessionStorage.getItem("report-scroll") || 0));
 }

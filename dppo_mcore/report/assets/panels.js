@@ -3,16 +3,19 @@ const body = (name) => document.querySelector(`#${name} .body`);
 const lead = (text) => node("p", { cls: "lead" }, text);
 const held = DATA.evaluations.filter((entry) => !isGeneral(entry.name));
 const general = DATA.evaluations.filter((entry) => isGeneral(entry.name));
-const stages = (list) => { // last evaluation of each phase, and the very first
+const stages = (list) => { // the last evaluation of each phase, and the one before any training
   const last = new Map();
-  list.forEach((entry) => last.set(entry.phase, entry));
+  list.forEach((entry, k) => {
+    const phase = k === 0 && entry.step === 0 ? "start" : entry.phase;
+    last.set(phase, { ...entry, phase });
+  });
   return [...last.values()];
 };
 const change = (from, to) => `${to >= from ? "+" : "−"}${(100 * Math.abs(to - from)).toFixed(1)} points`;
 
 function summary() {
   const { facts } = DATA;
-  const [first, last] = [held[0], held[held.length - 1]];
+  const [first, last] = [stages(held)[0], held[held.length - 1]];
   const title = !first ? "No evaluation yet" : held.length === 1 ? `Held-out success stands at ${percent(first.all.p, 1)}`
     : `Held-out success went from ${percent(first.all.p, 1)} to ${percent(last.all.p, 1)}`;
   document.getElementById("h-summary").textContent = title;
@@ -23,7 +26,7 @@ function summary() {
     add("Held-out success", percent(last.all.p, 1), `95%: ${percent(last.all.low, 1)} to ${percent(last.all.high, 1)}`);
     add("Change", change(first.all.p, last.all.p).replace(" points", ""), held.length < 2 ? "points; one evaluation so far" : `points; the intervals ${sure ? "are apart" : "overlap"}`, last.all.p >= first.all.p ? "up" : "down");
   }
-  if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(general[0].all.p, general[general.length - 1].all.p)} since the start`);
+  if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(stages(general)[0].all.p, general[general.length - 1].all.p)} since the start`);
   add("Rollouts", compact(facts.rollouts), `${compact(facts.tokens)} tokens`);
   const done = DATA.phases.filter((phase) => phase.state === "done").length;
   add("Phases done", `${done} of ${DATA.phases.length}`, DATA.phases.find((phase) => phase.state === "running")?.name);
@@ -39,7 +42,7 @@ function timeline() {
   const [width, line] = [1160, 30];
   const svg = canvas(width, shown.length * line + 34);
   const x = scale([0, to - from], [150, width - 20]);
-  for (const value of ticks(0, to - from, 8)) {
+  for (const value of timeTicks(to - from, 8)) {
     svg.append(shape("line", { cls: "gridline", x1: x(value), x2: x(value), y1: 0, y2: shown.length * line + 6 }));
     svg.append(shape("text", { x: x(value), y: shown.length * line + 22, "text-anchor": "middle" }, duration(value).replace(/ 0 (s|min)$/, "")));
   }
@@ -48,6 +51,8 @@ function timeline() {
     svg.append(shape("text", { cls: "strong", x: 138, y: k * line + 19, "text-anchor": "end" }, phase.name));
     svg.append(withTip(shape("rect", { x: start, y: k * line + 5, width: Math.max(3, end - start), height: 20, rx: 4, style: `fill:${kindColor(phase.kind)}` }),
       `${phase.name} (${phase.state})\n${duration((phase.ended_at || DATA.made) - phase.started_at)}${phase.horizon ? `, clips up to ${phase.horizon} s` : ""}\n${phase.reason || ""}`));
+    const room = end < width - 90;
+    svg.append(shape("text", { cls: room ? null : "on", x: room ? end + 8 : Math.max(end, start + 3) - 8, y: k * line + 19, "text-anchor": room ? "start" : "end" }, room || end - start > 60 ? duration((phase.ended_at || DATA.made) - phase.started_at) : ""));
   });
   const rows = DATA.phases.map((phase) => [phase.name, phase.kind, phase.state, phase.horizon ? `${phase.horizon} s` : "",
     phase.start_step === null ? "" : `${phase.start_step} to ${phase.end_step ?? "…"}`, phase.rollouts || null,
@@ -63,13 +68,14 @@ function progress() {
   if (!held.length) { into.append(lead("No evaluation was recorded yet.")); return; }
   into.append(lead("Greedy answers on held-out questions after each phase, with 95% Wilson intervals."));
   const points = stages(held);
+  const order = points.map((entry) => (entry.phase === "start" ? "at the start" : `after ${entry.phase}`)).join(", ");
   const shades = (k) => .35 + .65 * (points.length < 2 ? 1 : k / (points.length - 1));
   const names = Object.keys(points[points.length - 1].objective).sort();
   const bars = (name, pick, fill) => points.filter((entry) => pick(entry)).map((entry, k) => {
     const share = pick(entry);
     return { name: entry.phase, color: fill, opacity: shades(k), value: share.p, low: share.low, high: share.high, n: share.n };
   });
-  into.append(groupedBars({ title: "By objective, phase after phase", note: "Within a group from left to right: after each phase; the first is the start.",
+  into.append(groupedBars({ title: "By objective, phase after phase", note: `Within a group from left to right: ${order}.`,
     groups: [{ name: "all", bars: bars("all", (entry) => entry.all, "var(--c8)") },
       ...names.map((name) => ({ name, bars: bars(name, (entry) => entry.objective[name], colorOf(name)) }))] }));
   const grid = node("div", { cls: "grid two" });
@@ -83,6 +89,8 @@ function progress() {
   }
   grid.append(forgetting());
   into.append(grid);
+  if (axes.length) into.append(groupedBars({ title: "By capability dimension, phase after phase", note: `Within a group from left to right: ${order}.`,
+    groups: axes.map((name, k) => ({ name, bars: bars(name, (entry) => entry.dimension[name], color(k)) })), size: [1120, 296] }));
 }
 
 function forgetting() {
@@ -91,7 +99,7 @@ function forgetting() {
   const bars = points.map((entry, k) => ({ name: entry.phase, color: "var(--c8)", opacity: .4 + .6 * (k + 1) / points.length, value: entry.all.p, low: entry.all.low, high: entry.all.high, n: entry.all.n }));
   const drop = points[points.length - 1].all.p - points[0].all.p;
   return groupedBars({ title: "Forgetting: the general set", note: `${change(0, drop)} from the first to the last evaluation; questions that have nothing to do with the training pool.`,
-    groups: bars.map((bar) => ({ name: bar.name, bars: [bar] })), size: [540, 300] });
+    groups: bars.map((bar) => ({ name: bar.name, bars: [bar] })), size: [WIDE, 300] });
 }
 
 function practice() {
@@ -105,7 +113,7 @@ function practice() {
   }
   for (const entry of trained) {
     const series = Object.keys(entry.objective).sort().map((name) => ({ name, color: colorOf(name), points: entry.objective[name] }));
-    if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, series, floor: 0, ceiling: 1, format: percent }));
+    if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, note: "share of the step's answers that are right, by objective", series, floor: 0, ceiling: 1, format: percent }));
   }
   into.append(grid, ...stagnation());
 }
@@ -119,10 +127,10 @@ function stagnation() {
     const lines = [{ name: "S over all", color: "var(--ink)", points: series["rl/stagnation"] },
       ...found.map((name) => ({ name: name.slice(14), color: colorOf(name.slice(14)), points: series[name], faint: true }))];
     parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective and over all.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold(), name: `ends at ${threshold()}` },
-      bands: bands(), moments: decided.map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, name: `S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
+      bands: bands(), moments: decided.map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, value: one.numbers.score, name: `${one.phase} ends, S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
   }
   for (const one of decided.slice(-8)) {
-    const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, +task.score.toFixed(3), percent(task.success, 1), +task.extremity.toFixed(3), +task.flatness.toFixed(3),
+    const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, task.score.toFixed(3), percent(task.success, 1), task.extremity.toFixed(3), task.flatness.toFixed(3),
       task.change === null ? "" : `${(100 * task.change).toFixed(1)} ± ${(100 * task.error).toFixed(1)} points`, `${task.window} steps, ${whole(task.prompts)} prompts`]);
     parts.push(node("div", { cls: "card" }, node("h3", {}, `${one.phase}, step ${one.step}: S = ${one.numbers.score.toFixed(2)}`), node("p", { cls: "note" }, one.reason),
       scrollTable(["objective", "S", "success", "extremity", "flatness", "change", "window"], rows, `Stagnation of ${one.phase}`)));
@@ -134,16 +142,18 @@ const threshold = () => +(/stagnation_threshold:\s*([\d.]+)/.exec(DATA.facts.con
 const bands = () => Object.entries(DATA.curves.spans).map(([name, [from, to]]) => ({ from, to, name, color: kindColor(DATA.phases.find((phase) => phase.name === name)?.kind) }));
 
 const CURVES = [
-  ["Reward", ["rl/reward", "rl/success", "rl/format"]], ["KL", ["rl/kl_ref", "rl/kl_old", "rl/kl_rollout"]], ["Entropy", ["rl/entropy"]],
-  ["Answer length", ["rl/response_tokens"]], ["Groups", ["rl/live_groups", "rl/all_pass", "rl/all_fail"]], ["Clipped tokens", ["rl/clip_fraction_low", "rl/clip_fraction_high"]],
-  ["RL loss", ["rl/loss"]], ["SFT loss", ["sft/loss"]], ["Gradient norm", ["train/grad_norm"]], ["Learning rate", ["train/lr"]], ["Cut off answers", ["rl/truncated"]], ["Throughput", ["train/tokens_per_s"]],
+  ["Reward", "mean of the step's answers", ["rl/reward", "rl/success", "rl/format"]], ["KL", "nats per token", ["rl/kl_ref", "rl/kl_old", "rl/kl_rollout"]],
+  ["Entropy", "nats per token", ["rl/entropy"]], ["Answer length", "tokens per answer", ["rl/response_tokens"]],
+  ["Groups", "share of the step's groups", ["rl/live_groups", "rl/all_pass", "rl/all_fail"]], ["Clipped tokens", "share of tokens", ["rl/clip_fraction_low", "rl/clip_fraction_high"]],
+  ["RL loss", "policy loss of the step", ["rl/loss"]], ["SFT loss", "nats per token", ["sft/loss"]], ["Gradient norm", "L2 norm", ["train/grad_norm"]],
+  ["Learning rate", "of the step", ["train/lr"]], ["Cut off answers", "share of answers", ["rl/truncated"]], ["Throughput", "tokens per second", ["train/tokens_per_s"]],
 ];
 
 function curves() {
   const grid = node("div", { cls: "grid three" });
-  for (const [title, names] of CURVES) {
+  for (const [title, note, names] of CURVES) {
     const series = names.filter((name) => DATA.curves.series[name]?.length).map((name, k) => ({ name: name.split("/")[1].replaceAll("_", " "), color: color(k), points: DATA.curves.series[name] }));
-    if (series.length) grid.append(lineChart({ title, series, bands: bands(), size: [360, 210], floor: title === "Groups" || title === "Reward" ? 0 : undefined }));
+    if (series.length) grid.append(lineChart({ title, note, series, bands: bands(), size: [350, 210], floor: title === "Groups" || title === "Reward" ? 0 : undefined }));
   }
   body("curves").append(grid.children.length ? grid : lead("metrics.jsonl has no curves yet."));
 }
@@ -155,7 +165,7 @@ function time() {
   const grid = node("div", { cls: "grid two" });
   if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
   const work = Object.entries(DATA.curves.flops).map(([phase, total]) => ({ name: phase, parts: [{ name: "training", color: "var(--c2)", value: total }] }));
-  if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs of training over all ranks, vision tower included.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
+  if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs of the training steps over all ranks, vision tower included; generation isn't counted.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
   const used = DATA.curves.series["train/mfu"];
   if (used) grid.append(lineChart({ title: "Arithmetic: share of the device's peak", note: "Model FLOPs of each step, vision tower included, over its time and the device's peak.", series: [{ name: "MFU", color: "var(--c2)", points: used }], floor: 0, bands: bands(), format: (value) => percent(value, 1) }));
   const speed = DATA.curves.series["train/tokens_per_s"];
@@ -166,9 +176,9 @@ function time() {
 function corpus() {
   const into = body("corpus");
   const { items, teacher, buffers } = DATA.corpus;
-  into.append(lead("What the model failed goes to the teacher; verified answers, related samples and general data make the corpus of the next refinement."));
+  into.append(lead("What the model failed goes to the teacher; verified answers, related samples, what the model itself answered right and general data make the corpus of the next refinement."));
   const grid = node("div", { cls: "grid two" });
-  const colors = { weak: "var(--c1)", retrieved: "var(--c4)", general: "var(--c8)" };
+  const colors = { weak: "var(--c1)", retrieved: "var(--c4)", own: "var(--c3)", general: "var(--c8)" };
   const gather = (list, row, part, value, paint) => [...new Set(list.map((one) => one[row]))].map((name) => ({ name, parts: [...new Set(list.map((one) => one[part]))].map((key) => ({ name: key, color: paint(key), value: list.filter((one) => one[row] === name && one[part] === key).reduce((sum, one) => sum + one[value], 0) })).filter((one) => one.value) }));
   if (items.length) {
     grid.append(stackedBars({ title: "Corpus by source, in tokens", rows: gather(items, "phase", "source", "tokens", (key) => colors[key] || "var(--c6)") }));

@@ -19,6 +19,12 @@ function block(id) {
   return opened.get(id);
 }
 
+// What outlives a reload: the theme, and while following a run the reader's place.
+function stored(key, value, where = "localStorage") {
+  try { if (value === undefined) return window[where].getItem(key); window[where].setItem(key, value); } catch { /* storage may be off */ }
+  return null;
+}
+
 // Success rate of each sample over one phase, or over all: [rate or -1 without trials].
 function ratesOf(index, phase) {
   const lists = phase ? [index.rates[phase]] : Object.values(index.rates);

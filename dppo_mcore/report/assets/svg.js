@@ -24,6 +24,9 @@ function shape(tag, attributes = {}, ...children) {
   return made;
 }
 
+// Controls that would reorder or hide what stands around them are shown by their number instead.
+const plain = (text) => text.replaceAll(/[\u0000-\u0008\u000b-\u001f\u007f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (sign) => `\u27e8U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
+
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 const whole = (number) => Math.round(number).toLocaleString("en");
 
@@ -57,6 +60,12 @@ function ticks(from, to, count = 5) {
   const found = [];
   for (let k = Math.ceil(from / step - 1e-9); k * step <= to + step * 1e-9; k += 1) found.push(+(k * step).toPrecision(12));
   return found;
+}
+
+// Round times from 0: whole seconds, minutes, hours.
+function timeTicks(to, count) {
+  const step = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400, 172800, 604800].find((size) => to / size <= count) || to / count;
+  return Array.from({ length: Math.floor(to / step) + 1 }, (_, k) => k * step);
 }
 
 const wholeTicks = (from, to, count) => ticks(from, to, count).filter(Number.isInteger);
