@@ -25,7 +25,10 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 
+from tests.support.deadline import pytest_runtest_call, pytest_runtest_setup, pytest_runtest_teardown  # noqa: E402
 from tests.support.rank_pool import RankPool  # noqa: E402
+
+__all__ = ["pytest_runtest_call", "pytest_runtest_setup", "pytest_runtest_teardown"]
 
 torch.set_num_threads(1)
 pytest_plugins = [
@@ -42,6 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def same_scheduling() -> Iterator[None]:
+    """A library that leaves this process at real-time priority would starve all tests after it (SVT-AV1 does)."""
+    before = os.sched_getscheduler(0)
+    yield
+    after = os.sched_getscheduler(0)
+    if after != before:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+    assert after == before, f"the test changed this process's scheduling policy from {before} to {after}"
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +90,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_tied_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with head and embedding tied."""
     return _tiny(tmp_path_factory, "tiny_tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_odd_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tied, with a vocabulary that no number of ranks divides."""
+    return _tiny(tmp_path_factory, "tiny_odd", tied=True, vocab_size=1011)
 
 
 @pytest.fixture(scope="session")
