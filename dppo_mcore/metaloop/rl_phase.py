@@ -10,7 +10,7 @@ from typing import Any
 
 from dppo_mcore.learn import replay
 from dppo_mcore.learn.rl import RlResult, rl_step
-from dppo_mcore.metaloop import position
+from dppo_mcore.metaloop import carrying, position
 from dppo_mcore.metaloop.evaluation import evaluate
 from dppo_mcore.metaloop.rolling import Batch, roll_out
 from dppo_mcore.metaloop.run import Run
@@ -56,6 +56,7 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         run.ledger.decide(phase.name, step, "stagnation", numbers, reason)
     run.say(f"{phase.name} ends at step {step}: {reason}")
     position.finish_phase(run, phase.name, step, reason)
+    carrying.forget(run, phase, step)
 
 
 def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Stagnation | None]:
@@ -89,6 +90,8 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch
         return Batch(replay.replay(Path(output.replay_rollouts), run.step), {})
     recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
     with awake(run):
+        if run.config.rollout.rollout_partial:
+            return carrying.roll_out_step(run, phase, ids, step)
         batch = roll_out(
             run,
             ids,

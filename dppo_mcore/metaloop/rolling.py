@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dppo_mcore.data.errors import DataError
@@ -77,8 +77,13 @@ def roll_out(
 
 def owed(have: Sequence[int], n: int) -> list[tuple[int, int]]:
     """(first index, count) of each run of answers 0..n-1 that is missing."""
+    return runs_of(set(range(n)) - set(have))
+
+
+def runs_of(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """(first index, count) of each unbroken run of indices."""
     runs: list[tuple[int, int]] = []
-    for index in sorted(set(range(n)) - set(have)):
+    for index in sorted(indices):
         if runs and sum(runs[-1]) == index:
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:

@@ -25,11 +25,16 @@ def push(run: Run) -> None:
     else:
         from dppo_mcore.sync.push import push as send
 
-        if run.config.optimizer.offload:
+        if _shares_memory(run):
             run.engine.wake(("weights",))
         _set_probe(run)
         send(run.model.models, run.engine, run.step)
     run.metrics.log(run.step, {"time/sync": time.perf_counter() - began})
+
+
+def _shares_memory(run: Run) -> bool:
+    """Whether trainer and engine take turns with the same memory."""
+    return run.config.optimizer.offload and run.config.rollout.rollout_placement == "colocated"
 
 
 def _set_probe(run: Run) -> None:
@@ -54,7 +59,7 @@ def awake(run: Run) -> Iterator[None]:
 
     The weights stay: the trainer's tower encodes the clips, and the embedded engine samples from them.
     """
-    if not (run.config.optimizer.offload and isinstance(run.model, Learner)):
+    if not (_shares_memory(run) and isinstance(run.model, Learner)):
         yield
         return
     if run.offloader is None:

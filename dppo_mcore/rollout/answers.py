@@ -62,7 +62,13 @@ def assemble(
         raise EngineError(f"{where}: a log-prob is not a number or above 0; the engine's weights may be damaged")
     if versions and (versions[0][1] != 0 or versions[-1][2] != len(token_ids)):
         raise EngineError(f"{where}: weight versions {versions} don't cover its {len(token_ids)} tokens")
-    token_ids, logprobs, versions, finish = _cut(token_ids, logprobs, versions, raw.finish, sampling)
+    finish = raw.finish
+    if finish == "length" and request.new_tokens is not None and len(token_ids) < sampling.max_tokens:
+        finish = "abort" if len(raw.token_ids) >= request.new_tokens else finish
+    if prefix.token_ids and (end := _stop_string_end(token_ids, shift, sampling.stop, decoder)) is not None:
+        token_ids, logprobs, finish = token_ids[:end], logprobs[:end], "stop"
+        versions = tuple((version, start, min(stop, end)) for version, start, stop in versions if start < end)
+    token_ids, logprobs, versions, finish = _cut(token_ids, logprobs, versions, finish, sampling)
     text = decoder.decode(list(token_ids), skip_special_tokens=True)
     if finish == "stop":
         text = cut_at_stop(text, sampling.stop)
@@ -85,6 +91,18 @@ def _cut(
         end, finish = sampling.max_tokens, "length"
     kept = tuple((version, start, min(stop, end)) for version, start, stop in versions if start < end)
     return token_ids[:end], logprobs[:end], kept, finish
+
+
+def _stop_string_end(token_ids: tuple[int, ...], shift: int, stops: Sequence[str], decoder: TextDecoder) -> int | None:
+    """Tokens up to the first that completes a stop string; one across the end of a prefix escapes an engine."""
+
+    def holds(end: int) -> bool:
+        text = decoder.decode(list(token_ids[:end]), skip_special_tokens=True)
+        return any(stop in text for stop in stops)
+
+    if not stops or not holds(len(token_ids)):
+        return None
+    return next(end for end in range(shift + 1, len(token_ids) + 1) if holds(end))
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:

@@ -71,11 +71,18 @@ class GenerationRequest:
     seed: int = 0
     prefixes: Mapping[int, Prefix] = field(default_factory=dict)
     """By answer index: tokens to carry on from."""
+    new_tokens: int | None = None
+    """An answer that isn't at its end after so many new tokens comes back with finish_reason `abort`."""
 
     @property
     def indices(self) -> range:
         """Answer indices asked for."""
         return range(self.first_index, self.first_index + self.n)
+
+    def room(self, index: int, sampling: Sampling) -> int:
+        """New tokens that answer `index` may get in this call."""
+        left = sampling.max_tokens - (len(self.prefixes[index].token_ids) if index in self.prefixes else 0)
+        return left if self.new_tokens is None else min(left, self.new_tokens)
 
     def token_seed(self, index: int) -> int:
         """Seed in [0, 2**31) of answer `index`, a function of (seed, sample_id, index) alone."""

@@ -126,7 +126,7 @@ class HttpClient:
         """The same, waiting for it."""
         prefix = request.prefixes.get(index)
         ids = [*request.prompt.token_ids, *(prefix.token_ids if prefix else ())]
-        params = sampling_params(sampling, request.token_seed(index), len(prefix.token_ids) if prefix else 0)
+        params = sampling_params(sampling, request.token_seed(index), request.room(index, sampling))
         reply = self.post(
             "/generate", self.timeout_s, rid=rid, input_ids=ids, sampling_params=params, return_logprob=True
         )

@@ -303,7 +303,7 @@ class InProcessEngine:
                 continue
             if answer.tokens[-1] in sampling.stop_token_ids or (sampling.stop and self._hits_stop(answer, sampling)):
                 answer.finish = "stop"
-            elif len(answer.prefix.token_ids) + len(answer.tokens) >= sampling.max_tokens:
+            elif len(answer.tokens) >= answer.request.room(answer.index, sampling):
                 answer.finish = "length"
             else:
                 continue

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from dppo_mcore.rollout.placement import Placement, Seat, engine_devices, host_name
 
 WAIT = timedelta(hours=12)
 
@@ -21,19 +24,26 @@ class Replica:
         self.leader = 0
         self.is_leader = True
         self.index = 0
+        self._seats = [Seat(host_name(), int(os.environ.get("LOCAL_RANK", "0")))]
+        self._replicas: list[tuple[int, ...]] = [(0,)]
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         from megatron.core import parallel_state
 
         mine = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, sorted(mine))
-        replicas = sorted({tuple(ranks) for ranks in gathered})
-        for index, ranks in enumerate(replicas):
+        dist.all_gather_object(gathered, (tuple(sorted(mine)), self._seats[0]))
+        self._seats = [seat for _, seat in gathered]
+        self._replicas = sorted({ranks for ranks, _ in gathered})
+        for index, ranks in enumerate(self._replicas):
             group = dist.new_group(list(ranks), backend="gloo", timeout=WAIT)
             if dist.get_rank() in ranks:
                 self._group, self.leader, self.index = group, ranks[0], index
         self.is_leader = dist.get_rank() == self.leader
+
+    def devices(self, placement: Placement, tensor_parallel: int) -> tuple[int, ...]:
+        """Local numbers of the accelerators this replica's engine runs on."""
+        return engine_devices(placement, self._seats, self._replicas, self.index, tensor_parallel)
 
     def broadcast(self, value: Any = None) -> Any:
         """The leader's value on every rank. Only ranks of this job talk here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +17,7 @@ from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, Te
 from dppo_mcore.rollout.client import EngineClient
 from dppo_mcore.rollout.http import HttpClient, HttpReceiver
 from dppo_mcore.rollout.media import positions, probe_clip, share_embeddings, share_patches
+from dppo_mcore.rollout.placement import visible
 from dppo_mcore.rollout.server import ServerEngine
 from dppo_mcore.rollout.sglang_options import engine_options, environment, sampling_params
 from dppo_mcore.rollout.sidecar_client import EngineDied, SidecarClient
@@ -35,8 +37,15 @@ class SglangEngine(ServerEngine):
         super().__init__(*arguments)
         self.sends_embeddings = self.config.rollout.engine_vision == "embeddings"
         self._vision_checked = False
+        rollout = self.config.rollout
+        shares_gpus = rollout.rollout_placement == "colocated" and not rollout.rollout_url
+        if shares_gpus and rollout.weight_transport == "distributed" and device.backend() == "nccl":
+            raise EngineError(
+                "weight_transport: distributed needs the engine on GPUs of its own, since NCCL takes one rank a GPU; "
+                "use ipc, or rollout_placement disjoint"
+            )
         self.receiver = SidecarReceiver(self)
-        if self.config.rollout.rollout_url:
+        if rollout.rollout_url:
             self.receiver = HttpReceiver(self._http)
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Rollout]:
@@ -86,7 +95,9 @@ class SglangEngine(ServerEngine):
             return HttpClient(url, self.config.rollout.rollout_timeout_s, self.config.rollout.rollout_max_in_flight)
         rollout, kind = self.config.rollout, device.device().type
         options = engine_options(self.config, kind, self.config.run.seed)
-        variables = environment(kind, options["tp_size"])
+        devices = self.replica.devices(rollout.rollout_placement, options["tp_size"])
+        named, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), device.count()
+        variables = environment(kind, options["tp_size"], visible(devices, named, count) if count else "")
         log = Path(self.config.run.run) / "logs" / f"engine-{self.replica.index}.log"
         return SidecarEngineClient(SidecarClient(rollout.rollout_python, options, log.absolute(), variables), self)
 
@@ -121,7 +132,7 @@ class SidecarEngineClient:
             "generate",
             rid=rid,
             input_ids=ids,
-            sampling=sampling_params(sampling, request.token_seed(index), len(prefix.token_ids) if prefix else 0),
+            sampling=sampling_params(sampling, request.token_seed(index), request.room(index, sampling)),
             media=None if media is None else media.handle,
             score_from=None,
         )

@@ -45,6 +45,8 @@ def engine_options(config: Config, device: str, seed: int) -> dict[str, Any]:
         "trust_remote_code": False,
         **BY_DEVICE[device],
     }
+    if rollout.rollout_placement == "disjoint":
+        options.pop("enable_memory_saver", None)  # nobody else wants its memory
     return options | user_options(rollout.engine_options)
 
 
@@ -62,21 +64,23 @@ def user_options(pairs: tuple[str, ...]) -> dict[str, Any]:
     return options
 
 
-def environment(device: str, tensor_parallel: int) -> dict[str, str]:
-    """Environment variables the engine's process needs on this device."""
+def environment(device: str, tensor_parallel: int, gpus: str = "") -> dict[str, str]:
+    """Environment variables the engine's process needs on this device; `gpus` as in CUDA_VISIBLE_DEVICES."""
     variables = {**ENVIRONMENT[device], "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus
     if device == "cpu" and tensor_parallel > 1:
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in range(tensor_parallel))
     return variables
 
 
-def sampling_params(sampling: Sampling, seed: int, prefix_tokens: int) -> dict[str, Any]:
+def sampling_params(sampling: Sampling, seed: int, max_new_tokens: int) -> dict[str, Any]:
     """SGLang's names for a `Sampling`; banned ids get a bias no logit overcomes."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "max_new_tokens": sampling.max_tokens - prefix_tokens,
+        "max_new_tokens": max_new_tokens,
         "stop": list(sampling.stop),
         "stop_token_ids": list(sampling.stop_token_ids),
         "logit_bias": {str(token): BAN for token in sampling.banned_token_ids},

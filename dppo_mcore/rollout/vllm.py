@@ -73,7 +73,7 @@ class VllmClient(HttpClient):
             model=self.model,
             request_id=rid,
             prompt=[*request.prompt.token_ids, *prefix_ids],
-            max_tokens=sampling.max_tokens - len(prefix_ids),
+            max_tokens=request.room(index, sampling),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,

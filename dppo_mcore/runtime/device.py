@@ -34,6 +34,11 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def count() -> int:
+    """Accelerators this process sees; 0 where it computes on the host."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
 def synchronize() -> None:
     """Wait for the device's queued work."""
     if has_cuda():

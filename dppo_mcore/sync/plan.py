@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 from dppo_mcore.model.weight_map import WeightEntry
@@ -97,12 +95,6 @@ class SyncPlan:
         """Most bytes any one link between nodes carries, forwarding shards, and if stages gathered first."""
         full = sum(s.nbytes for b in self.buckets for i in b.items if i.route == "forward" for s in i.slots)
         return {"shards first": full // self.tensor_parallel, "gather first": full}
-
-
-def host_name() -> str:
-    """A name two ranks share exactly if they can map each other's memory."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
 
 
 def make_plan(

@@ -20,11 +20,12 @@ from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.model.weight_map import Piece, WeightMap
 from dppo_mcore.model.weights import named_weights
 from dppo_mcore.rollout.base import Engine
+from dppo_mcore.rollout.placement import host_name
 from dppo_mcore.rollout.replica import Replica
 from dppo_mcore.rollout.wire import dtype_name
 from dppo_mcore.runtime import device
 from dppo_mcore.sync import buffers, verify
-from dppo_mcore.sync.plan import Bucket, Item, Owner, RankPlace, SyncError, SyncPlan, host_name, make_plan
+from dppo_mcore.sync.plan import Bucket, Item, Owner, RankPlace, SyncError, SyncPlan, make_plan
 from dppo_mcore.sync.transports import TRANSPORTS, Transport
 from dppo_mcore.types import Prompt
 

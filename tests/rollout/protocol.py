@@ -40,6 +40,8 @@ def check_protocol(engine: Any, eos: int) -> None:
     assert len(carried.token_ids) <= 6
     assert carried.weight_versions[0] == (0, 0, 2)
 
+    check_steps(engine, asked, sampling)
+
     walk = engine.generate(asked, sampling)
     next(walk)
     walk.close()
@@ -51,3 +53,22 @@ def check_protocol(engine: Any, eos: int) -> None:
     assert set(left.values()) == {1} and len(left) == 15
     assert list(engine.generate([], sampling)) == []
     assert engine.health()
+
+
+def check_steps(engine: Any, asked: list[GenerationRequest], sampling: Sampling) -> None:
+    """Two tokens a call, carried on until every answer ended: each once, none beyond the whole budget."""
+    left, ended, calls = [replace(request, new_tokens=2) for request in asked], [], 0
+    while left:
+        rollouts = list(engine.generate(left, sampling))
+        calls += 1
+        unfinished = [r for r in rollouts if r.finish_reason == "abort"]
+        assert all(len(r.token_ids) == 2 * calls for r in unfinished)
+        ended += [r for r in rollouts if r.finish_reason != "abort"]
+        by_name = {request.sample_id: request for request in asked}
+        left = [
+            replace(by_name[r.sample_id], n=1, first_index=r.index, prefixes={r.index: as_prefix(r)}, new_tokens=2)
+            for r in unfinished
+        ]
+    assert calls == 3
+    assert Counter((r.sample_id, r.index) for r in ended) == Counter((q.sample_id, i) for q in asked for i in q.indices)
+    assert {len(r.token_ids) for r in ended if r.finish_reason == "length"} == {sampling.max_tokens}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,25 @@ def test_a_prefix_comes_first_with_its_versions() -> None:
     assert rollout.logprobs == (-0.5, -0.25, -1.0, -1.0)
     assert rollout.weight_versions == ((3, 0, 2), (4, 2, 4))
     assert as_prefix(rollout).weight_versions == rollout.weight_versions
+
+
+def test_an_answer_at_its_steps_budget_is_unfinished() -> None:
+    """Not one that ended or spent its whole budget with the same token."""
+    step = request(new_tokens=2)
+    assert assemble(step, 0, raw((7, 8), finish="length"), SAMPLING, Spelling()).finish_reason == "abort"
+    assert assemble(step, 0, raw((7, EOS)), SAMPLING, Spelling()).finish_reason == "stop"
+    last = request(new_tokens=2, prefixes={0: Prefix((7,) * 4, (-0.5,) * 4, ((3, 0, 4),))})
+    whole = assemble(last, 0, raw((7, 8), finish="length"), replace(SAMPLING, max_tokens=6), Spelling())
+    assert whole.finish_reason == "length" and len(whole.token_ids) == 6
+
+
+def test_a_stop_string_across_the_end_of_a_prefix_ends_the_answer() -> None:
+    """An engine that was given the prefix as prompt doesn't see it."""
+    carried = request(prefixes={0: Prefix((0, 1), (-0.5, -0.25), ((3, 0, 2),))})
+    rollout = assemble(carried, 0, raw((2, 3, 4)), replace(SAMPLING, stop=("bc",)), Spelling())
+    assert rollout.token_ids == (0, 1, 2) and len(rollout.logprobs) == 3
+    assert (rollout.text, rollout.finish_reason) == ("a", "stop")
+    assert rollout.weight_versions[-1][2] == 3
 
 
 def test_versions_join_and_cover() -> None:

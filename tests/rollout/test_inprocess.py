@@ -18,6 +18,7 @@ from dppo_mcore.rollout.inprocess import InProcessEngine
 from dppo_mcore.rollout.media import positions
 from dppo_mcore.types import Prompt
 from tests.rollout import inprocess_cases as cases
+from tests.rollout import protocol
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,11 @@ def oracle_logits(oracle: Any, qwen: QwenConfig, prompt: Prompt, answer: tuple[i
             **media,
         ).logits[0]
     return logits[len(prompt.token_ids) - 1 : -1]
+
+
+def test_the_protocol(engine: InProcessEngine) -> None:
+    """As for every engine."""
+    protocol.check_protocol(engine, 592)
 
 
 def test_greedy_equals_transformers_generate(engine: InProcessEngine, oracle: Any, qwen: QwenConfig) -> None:

@@ -40,9 +40,10 @@ def ranks(pool4: RankPool, tiny_dir: str, sglang_python: str, tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def ranks_tp2(pool4: RankPool, tiny_dir: str, sglang_python: str, tmp_path_factory: Any) -> Iterator[RankPool]:
-    """The engine at TP 2."""
+    """The engine at TP 2, beside the trainer's ranks."""
     run = str(tmp_path_factory.mktemp("run2"))
-    yield from running(pool4, cases.config(tiny_dir, run, sglang_python, rollout_tensor_parallel_size=2, **LAYOUT))
+    options = {"rollout_tensor_parallel_size": 2, "rollout_placement": "disjoint"}
+    yield from running(pool4, cases.config(tiny_dir, run, sglang_python, **options, **LAYOUT))
 
 
 def figures(found: dict[str, Any]) -> str:
