@@ -1,7 +1,8 @@
 """Checkpoints: whole or not there, loadable under any layout, bitwise on the same one.
 
 A checkpoint is written to a hidden folder beside its place, renamed once every rank is done, and named by the
-`latest` file after that. So whatever instant a run is killed at, `latest` names a complete one.
+`latest` file after that; one that goes is renamed first. So whatever instant a run is killed at, a folder with a plain
+name is complete. Hidden folders have names of their own: what a killed run's writer still does reaches no later one.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import pickle
 import queue
 import random
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +36,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.runtime.errors import UserError
@@ -79,16 +83,19 @@ class Saver:
                 self._write(_sharded_state(state, loading=False, weights_only=True), name, {}, background=False)
 
     def _write(self, sharded: dict[str, Any], name: str, meta: dict[str, Any], background: bool) -> None:
-        beside = self.folder / f".{name}.part"
+        box = [_hidden(self.folder / name)]
+        dist.broadcast_object_list(box)
+        beside = box[0]
         if dist.get_rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            _sweep(self.folder)
             beside.mkdir(parents=True)
         dist.barrier()
-        filesystem_async._results_queue = ResultFile(self.folder / f".{name}.written-by-{dist.get_rank()}")
+        filesystem_async._results_queue = ResultFile(beside / f"written-by-{dist.get_rank()}")
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy("torch_dist", 1), _data_parallel(), do_cache_distribution=False
         )
-        request = dist_checkpointing.save(sharded, str(beside), strategy, async_sharded_save=background)
+        with self._failures_named():
+            request = dist_checkpointing.save(sharded, str(beside), strategy, async_sharded_save=background)
         # As text now: the caller's state may have moved on when a background save is published.
         publish = partial(self._publish, beside, self.folder / name, json.dumps(meta))
         if request is None:
@@ -102,19 +109,36 @@ class Saver:
 
     def poll(self) -> None:
         """Complete a background save that is done; called once a step, on all ranks."""
-        if self._calls is not None:
-            self._calls.maybe_finalize_async_calls(blocking=False)
+        self._complete(blocking=False)
 
     def finish(self) -> None:
         """Wait for a background save."""
+        self._complete(blocking=True)
+
+    def _complete(self, blocking: bool) -> None:
         if self._calls is not None:
-            self._calls.maybe_finalize_async_calls(blocking=True)
+            with self._failures_named():
+                self._calls.maybe_finalize_async_calls(blocking=blocking)
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        """A failed write as one line that says which checkpoint there still is."""
+        try:
+            yield
+        except CheckpointException as failure:
+            reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failure.failures.items()))
+            newest = latest(self.folder)
+            left = f"the newest complete one is {newest.name}" if newest else "there is no complete one"
+            free = shutil.disk_usage(self.folder).free >> 20
+            raise UserError(
+                f"--save {self.folder}: no checkpoint could be written ({reasons}); {free} MiB are free there; {left}"
+            ) from failure
 
     def _publish(self, written: Path, final: Path, meta: str) -> None:
         if dist.get_rank() == 0:
             with replacing(written / META) as file:
                 file.write(meta)
-            shutil.rmtree(final, ignore_errors=True)
+            _discard(final)
             written.rename(final)
             if final.name.startswith("step-"):
                 with replacing(self.folder / LATEST) as file:
@@ -123,16 +147,32 @@ class Saver:
         dist.barrier()
 
     def _prune(self) -> None:
-        kept = checkpoints(self.folder)
-        scored = [(meta["score"], path) for path in kept if (meta := read_meta(path))["score"] is not None]
-        best = max(scored)[1] if scored else None
-        for path in kept[: -self.keep] if self.keep > 0 else []:
-            if path != best:
-                shutil.rmtree(path, ignore_errors=True)
+        highest = best(self.folder)
+        for path in checkpoints(self.folder)[: -self.keep] if self.keep > 0 else []:
+            if path != highest:
+                _discard(path)
         needed = {read_meta(path)["reference"] for path in checkpoints(self.folder)}
         for path in self.folder.glob("reference-*"):
             if path.name not in needed:
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(path)
+
+
+def _hidden(path: Path) -> Path:
+    """A name beside `path` that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint so that it is never half there under its own name."""
+    if path.is_dir():
+        shutil.rmtree(path.rename(_hidden(path)), ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class ResultFile:
@@ -257,6 +297,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 

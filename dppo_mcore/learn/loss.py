@@ -79,7 +79,7 @@ class PolicyLoss:
     constant: float = 1.0
     """Dr.GRPO's tokens per sequence, with aggregation `constant`."""
     dropped: float = 0.0
-    """Sequences without a signal, left out of the batch, which `constant` counts all the same."""
+    """Sequences without a signal or a token, left out of the batch, which `constant` counts all the same."""
 
     @classmethod
     def of(cls, rl: RlConfig, temperature: float, max_response_tokens: int) -> PolicyLoss:

@@ -1,4 +1,8 @@
-"""Gives the device back between phases: weights, gradients and optimizer state wait in pinned host memory."""
+"""Gives the device back between phases: weights, gradients and optimizer state wait in pinned host memory.
+
+Communicators of data-parallel groups, which nothing uses meanwhile, give their buffers back too where the library can
+(torch >= 2.13 over NCCL >= 2.29.7). Tensor- and pipeline-parallel ones stay: clips are encoded for an engine over them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from dppo_mcore.learn.state import Learner
@@ -38,6 +45,9 @@ class Offloader:
     _pinned: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """Host copies by their place in the order of moving, used again next time."""
 
+    _suspended: list[Any] = field(default_factory=list, repr=False)
+    """Backends whose communicators are suspended."""
+
     @property
     def offloaded(self) -> bool:
         """Whether the learner is on the host now."""
@@ -59,6 +69,8 @@ class Offloader:
             with self._stage("weights") as moved:
                 for tensor in self._weights():
                     moved.append(self._to_host(tensor))
+        with self._stage("communicators") as moved:
+            moved.append(self._suspend())
         device.empty_cache()
         return self.stages
 
@@ -66,6 +78,9 @@ class Offloader:
         """Bring everything back, bit for bit; gradient buffers come back zeroed."""
         self.stages = []
         with self._stage("reload") as moved:
+            for backend in self._suspended:
+                backend.resume()
+            self._suspended = []
             for tensor, host, size in reversed(self._held):
                 tensor.untyped_storage().resize_(size)
                 tensor.copy_(host, non_blocking=True)
@@ -105,6 +120,19 @@ class Offloader:
         storage.resize_(0)
         return size
 
+    def _suspend(self) -> int:
+        """Bytes that data-parallel communicators gave back. All ranks come here at the same point."""
+        free = device.memory_free()
+        for group in _data_parallel_groups():
+            backend = group._get_backend(device.device())
+            try:
+                backend.suspend()
+            except (AttributeError, RuntimeError) as error:
+                self.state.log.debug("communicators keep their buffers: %s", str(error).splitlines()[0])
+                continue
+            self._suspended.append(backend)
+        return max(0, device.memory_free() - free)
+
     def _free(self, buffer: Tensor) -> int:
         size = buffer.untyped_storage().nbytes()
         whole = torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(buffer.untyped_storage())
@@ -118,3 +146,9 @@ class Offloader:
         yield moved
         device.synchronize()
         self.stages.append(Stage(name, sum(moved), time.perf_counter() - started, device.memory_allocated()))
+
+
+def _data_parallel_groups() -> list[dist.ProcessGroup]:
+    """Groups that only training uses; those of one rank communicate nothing."""
+    groups = [parallel_state.get_data_parallel_group(with_context_parallel=context) for context in (False, True)]
+    return [group for number, group in enumerate(groups) if group.size() > 1 and group not in groups[:number]]

@@ -1,11 +1,12 @@
 """Recorded rollout batches: train again on them without an engine, bit for bit.
 
-A step's groups lie in `step-NNNNNNNN.rank-RRRR-of-SSSS.pt`, one file per data-parallel rank, as plain containers and
-tensors, so that reading one runs no code.
+A batch's groups lie in `NAME.rank-RRRR-of-SSSS.pt`, one file per data-parallel rank, as plain containers and tensors,
+so that reading one runs no code.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -25,35 +26,34 @@ RECORDS = {
 }
 
 
-def dump(folder: Path, step: int, groups: Sequence[Group]) -> None:
-    """Write this data-parallel rank's groups; the other ranks of the replica hold the same and write nothing."""
+def dump(folder: Path, name: str, groups: Sequence[Group]) -> None:
+    """Write this data-parallel rank's groups of a batch; other ranks of the replica hold the same and write nothing."""
     if parallel_state.get_model_parallel_group().rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    target = folder / f"step-{step:08d}.rank-{rank:04d}-of-{size:04d}.pt"
+    target = folder / f"{_file_name(name)}.rank-{rank:04d}-of-{size:04d}.pt"
     beside = target.with_suffix(f".{os.getpid()}.part")
     torch.save(_plain(list(groups)), beside)
     beside.rename(target)
 
 
-def replay(folder: Path, step: int) -> list[Group]:
-    """This data-parallel rank's groups of a recorded step; another number of ranks deals them out anew."""
-    files = sorted(folder.glob(f"step-{step:08d}.rank-*-of-*.pt"))
+def replay(folder: Path, name: str) -> list[Group]:
+    """This data-parallel rank's groups of a recorded batch; another number of ranks deals them out anew."""
+    files = sorted(folder.glob(f"{glob.escape(_file_name(name))}.rank-*-of-*.pt"))
     if not files:
-        raise UserError(f"--replay-rollouts {folder}: no recorded step {step}")
+        raise UserError(f"--replay-rollouts {folder}: no recorded batch {name!r}")
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     recorded = int(files[0].stem.rsplit("-", 1)[1])
     if len(files) != recorded:
-        raise UserError(f"--replay-rollouts {folder}: step {step} has {len(files)} of {recorded} files")
+        raise UserError(f"--replay-rollouts {folder}: {name!r} has {len(files)} of {recorded} files")
     if recorded == size:
         return _read(files[rank])
     return [group for file in files for group in _read(file)][rank::size]
 
 
-def steps(folder: Path) -> list[int]:
-    """Recorded steps, ascending."""
-    return sorted({int(path.name.split(".")[0].split("-")[1]) for path in folder.glob("step-*.rank-*.pt")})
+def _file_name(name: str) -> str:
+    return name.replace(" ", "_").replace("/", "-")
 
 
 def _read(path: Path) -> list[Group]:

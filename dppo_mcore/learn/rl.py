@@ -53,7 +53,8 @@ def rl_step(state: Learner, groups: Sequence[Group]) -> RlResult:
     advantages = group_advantages(rewards, rl.advantage_scale)
     totals = statistics.reduce_data_parallel(group_totals([g.answers for g in groups], rewards, advantages))
     kept = [i for i, reward in enumerate(rewards) if not rl.drop_zero_variance or has_signal(reward)]
-    dropped = sum(len(group.answers) for group in groups) - sum(len(groups[i].answers) for i in kept)
+    learnt = sum(bool(answer.rollout.token_ids) for i in kept for answer in groups[i].answers)
+    dropped = sum(len(group.answers) for group in groups) - learnt
     shares = [kept[update :: rl.updates_per_batch] for update in range(rl.updates_per_batch)]
     updates = [pack(state, [groups[i] for i in share], [advantages[i] for i in share]) for share in shares]
     began = time.perf_counter()

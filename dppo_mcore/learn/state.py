@@ -102,6 +102,14 @@ class Learner:
         self.progress.phase, self.progress.phase_steps = name, 0
         self.optimizer.reset()
 
+    def continue_phase(self, lr: float, total_steps: int) -> None:
+        """Go on inside a loaded phase: its step stays, its schedule is that of the present options."""
+        schedule = phase_schedule(self.config.optimizer, lr, total_steps)
+        if schedule != self.schedule:
+            name, step = self.progress.phase, self.progress.phase_steps
+            self.log.warning("%s goes on from step %d as %s; it was %s", name, step, schedule, self.schedule)
+        self.schedule = schedule
+
     def state_dict(self) -> dict[str, Any]:
         """Counters and schedule as JSON."""
         return {"progress": asdict(self.progress), "schedule": asdict(self.schedule)}

@@ -7,8 +7,10 @@ rollouts that the ledger recorded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dppo_mcore.learn import checkpoint
 from dppo_mcore.metaloop.evaluation import evaluate, flat_metrics
@@ -30,15 +32,33 @@ def save(run: Run, phase: str, phase_step: int, score: float | None = None) -> N
     run.saver.save(run.learner, run.step, asdict(Position(phase, phase_step, run.step)), score)
 
 
-def save_if_due(run: Run, phase: str, phase_step: int) -> None:
-    """Checkpoint every `save_interval` steps; on SIGTERM checkpoint at once and end the run."""
+def save_if_due(run: Run, phase: str, phase_step: int, score: float | None = None) -> None:
+    """Checkpoint every `save_interval` steps and at the best evaluation so far; on SIGTERM at once, and end the run."""
     run.saver.poll()
     if faults.stop_requested():
-        save(run, phase, phase_step)
+        save(run, phase, phase_step, score)
         run.saver.finish()
         raise faults.Preempted
-    if phase_step % run.config.output.save_interval == 0:
-        save(run, phase, phase_step)
+    if phase_step % run.config.output.save_interval == 0 or _is_best(run, score):
+        save(run, phase, phase_step, score)
+
+
+def score_of(run: Run, results: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """An evaluation's value of `best_metric`; None where that was not measured."""
+    return flat_metrics(results).get(run.config.output.best_metric)
+
+
+def _is_best(run: Run, score: float | None) -> bool:
+    """Whether no checkpoint has as high a score."""
+    if score is None:
+        return False
+
+    def look() -> bool:
+        highest = checkpoint.best(run.saver.folder)
+        return highest is None or score > checkpoint.read_meta(highest)["score"]
+
+    run.saver.finish()
+    return run.exchange.from_rank0(look)
 
 
 def finish_phase(run: Run, phase: str, phase_step: int, reason: str) -> None:
@@ -46,7 +66,7 @@ def finish_phase(run: Run, phase: str, phase_step: int, reason: str) -> None:
     results = evaluate(run, phase, phase_step)
     # A phase without steps ends with the weights it began with, and those have their checkpoint.
     if phase_step and not _is_saved(run, Position(phase, phase_step, run.step)):
-        save(run, phase, phase_step, flat_metrics(results).get(run.config.output.best_metric))
+        save(run, phase, phase_step, score_of(run, results))
     run.saver.finish()
     damaged = run.exchange.at_rank0(list(run.source.quarantine.entries()))
     if run.exchange.rank == 0:

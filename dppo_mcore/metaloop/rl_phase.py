@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from dppo_mcore.learn import replay
 from dppo_mcore.learn.rl import RlResult, rl_step
 from dppo_mcore.metaloop import carrying, position
 from dppo_mcore.metaloop.evaluation import evaluate
@@ -25,10 +23,13 @@ from dppo_mcore.practice.stagnation import Stagnation, Verdict
 def practise(run: Run, phase: PhasePlan, done: int) -> None:
     """RL steps until the stagnation score ends the phase; `done` of them are in the loaded checkpoint."""
     config = run.config
+    updates = config.practice.rl_max_steps * config.rl.updates_per_batch
     if done == 0:
-        run.learner.begin_phase(phase.name, config.rl.rl_lr, config.practice.rl_max_steps * config.rl.updates_per_batch)
-        if config.rl.kl_coef:
-            run.learner.keep_reference()
+        run.learner.begin_phase(phase.name, config.rl.rl_lr, updates)
+    else:
+        run.learner.continue_phase(config.rl.rl_lr, updates)
+    if config.rl.kl_coef and (done == 0 or run.learner.reference is None):
+        run.learner.keep_reference()
     draw, stagnation = _controller(run, phase, done)
     step = done
     push(run)
@@ -47,10 +48,11 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))  # noqa: B023
         _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
         reason = verdict.reason
+        score = None
         if config.output.eval_interval and step % config.output.eval_interval == 0:
-            evaluate(run, phase.name, step)
+            score = position.score_of(run, evaluate(run, phase.name, step))
         if not verdict.stop:
-            position.save_if_due(run, phase.name, step)
+            position.save_if_due(run, phase.name, step, score)
     if run.exchange.rank == 0:
         numbers = stagnation.verdict().numbers() if stagnation and step else {}
         run.ledger.decide(phase.name, step, "stagnation", numbers, reason)
@@ -84,15 +86,12 @@ def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Sta
 
 
 def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch:
-    """This replica's groups of a step: replayed from a dump, or rolled out."""
-    output = run.config.output
-    if output.replay_rollouts:
-        return Batch(replay.replay(Path(output.replay_rollouts), run.step), {})
+    """This replica's groups of a step."""
     recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
     with awake(run):
         if run.config.rollout.rollout_partial:
             return carrying.roll_out_step(run, phase, ids, step)
-        batch = roll_out(
+        return roll_out(
             run,
             ids,
             run.config.rl.group_size,
@@ -101,10 +100,8 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch
             label=f"{phase.name}/{step}",
             recorded=recorded,
             record=lambda new: run.ledger.record_rollouts(phase.name, step, new),
+            trains=True,
         )
-    if output.dump_rollouts:
-        replay.dump(Path(output.dump_rollouts), run.step, batch.groups)
-    return batch
 
 
 def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step: int) -> Verdict:

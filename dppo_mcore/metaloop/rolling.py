@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.loader import divide
 from dppo_mcore.data.worker import Request
+from dppo_mcore.learn import replay
 from dppo_mcore.learn.rl import Group
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.rollout.base import GenerationRequest, Sampling
-from dppo_mcore.types import Prompt, Rollout, ScoredRollout
+from dppo_mcore.types import Prompt, PromptMedia, Rollout, ScoredRollout
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ def roll_out(
     sampling: Sampling | None = None,
     recorded: Recorded | None = None,
     record: Callable[[list[ScoredRollout]], None] | None = None,
+    trains: bool = False,
 ) -> Batch:
     """`n` scored answers for each of this replica's share of `ids`. Collective over all ranks.
 
     `label` makes the seeds of this batch its own. `recorded` (equal on all ranks) holds answers that exist already;
-    `record` is called on rank 0 with all new ones before anything is trained on.
+    `record` is called on rank 0 with all new ones before anything is trained on. With `--dump-rollouts` the groups are
+    written under their label, decoded media only where the batch `trains`; with `--replay-rollouts` they are read.
     """
     recorded = recorded or {}
+    if run.config.output.replay_rollouts:
+        return _replay(run, label, recorded, record)
     began = time.perf_counter()
     prompts = load_prompts(run, ids, pool, horizon)
     decoded = time.perf_counter()
@@ -67,12 +73,34 @@ def roll_out(
         Group(prompt, tuple(sorted(answers[name], key=lambda scored: scored.rollout.index)[:n]))
         for name, prompt in prompts.items()
     ]
+    dump(run, label, groups, trains)
     seconds = {
         "time/data": decoded - began,
         "time/generate": generated - decoded,
         "time/reward": time.perf_counter() - generated,
     }
     return Batch(groups, seconds)
+
+
+def _replay(run: Run, label: str, recorded: Recorded, record: Callable[[list[ScoredRollout]], None] | None) -> Batch:
+    groups = replay.replay(Path(run.config.output.replay_rollouts), label)
+    known = {(name, answer.rollout.index) for name, answers in recorded.items() for answer in answers}
+    everyone = run.exchange.at_rank0([answer for group in groups for answer in group.answers])
+    if record is not None and run.exchange.rank == 0:
+        record([scored for scored in everyone if (scored.rollout.sample_id, scored.rollout.index) not in known])
+    return Batch(groups, {})
+
+
+def dump(run: Run, label: str, groups: Sequence[Group], trains: bool) -> None:
+    """Write a batch for a replay, if asked to; decoded media only with what is trained on."""
+    folder = run.config.output.dump_rollouts
+    if folder:
+        replay.dump(Path(folder), label, groups if trains else [_without_patches(group) for group in groups])
+
+
+def _without_patches(group: Group) -> Group:
+    media = tuple(PromptMedia(medium.plan) for medium in group.prompt.media)
+    return replace(group, prompt=replace(group.prompt, media=media))
 
 
 def owed(have: Sequence[int], n: int) -> list[tuple[int, int]]:

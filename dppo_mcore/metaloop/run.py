@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dppo_mcore.config import Config
@@ -143,7 +143,7 @@ def assemble(
     template = load_template(config.practice.prompt_template)
     quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl" if folder else None)
     source = PromptSource(config.run.model, config.data, device.device(), quarantine)
-    engine = make_engine(config, model.qwen, model.models, source.processor.chat)
+    engine = make_engine(_engine_config(config), model.qwen, model.models, source.processor.chat)
     engine.start()
     log = get_logger()
     for name, manifest in pools.items():
@@ -165,6 +165,13 @@ def assemble(
         log=log,
         rewards=_open_rewards(config, template) if exchange.is_leader else None,
     )
+
+
+def _engine_config(config: Config) -> Config:
+    """A replay asks no engine anything: the embedded one, which is no process, stands where one is expected."""
+    if not config.output.replay_rollouts:
+        return config
+    return replace(config, rollout=replace(config.rollout, rollout_engine="inprocess"))
 
 
 def close_run(run: Run) -> None:

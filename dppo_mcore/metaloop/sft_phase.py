@@ -44,6 +44,8 @@ def learn(
     size = run.config.sft.global_batch_size
     if done == 0:
         run.learner.begin_phase(phase.name, lr, steps)
+    else:
+        run.learner.continue_phase(lr, steps)
     order = Order(len(lessons), shuffle_seed)
 
     def share(step: int) -> list[Request]:

@@ -62,6 +62,11 @@ def memory_allocated() -> int:
     return torch.cuda.memory_allocated() if has_cuda() else 0
 
 
+def memory_free() -> int:
+    """Bytes of device memory that nobody holds, whoever held them (0 where the device doesn't tell)."""
+    return torch.cuda.mem_get_info()[0] if has_cuda() else 0
+
+
 def peak_flops(dtype: torch.dtype) -> float | None:
     """Dense peak FLOP/s of this device for `dtype`, for MFU; None where no figure is known."""
     if not has_cuda():
@@ -114,6 +119,7 @@ def _answer_rng_queries() -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
     torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
     torch.cuda.manual_seed = torch.manual_seed
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +162,68 @@ def test_a_partial_checkpoint_is_never_loaded(tiny_dir: str, tmp_path: Path) -> 
     (half / checkpoint.META).write_text(json.dumps({"step": 2}))
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     checkpoint.load(state, tmp_path)
+
+
+@pytest.mark.usefixtures("world")
+def test_what_killed_writers_leave_is_swept_and_not_used(tiny_dir: str, tmp_path: Path) -> None:
+    """A writer may outlive its killed run: the resumed one, saving the same step, shares no file with it."""
+    state = make(tiny_dir, DP2, "adam")
+    orphan = tmp_path / ".step-00000001.0000dead.part"
+    orphan.mkdir()
+    (orphan / "written-by-0").write_bytes(b"a message of the killed run's writer")
+    saver = Saver(tmp_path, background=True)
+    saver.save(state, 1, {})
+    [own] = tmp_path.glob(".*.part")
+    assert own.name.startswith(".step-00000001.") and own != orphan
+    orphan.mkdir()
+    (orphan / "__0_0.distcp").write_bytes(b"written late")
+    saver.finish()
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    checkpoint.load(state, tmp_path)
+    saver.save(state, 2, {})
+    assert not orphan.exists()
+    saver.finish()
+
+
+@pytest.mark.usefixtures("world")
+def test_a_removed_checkpoint_is_never_half_there(tiny_dir: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A kill while an old checkpoint is deleted leaves nothing under a plain name."""
+    state = make(tiny_dir, DP2, "adam")
+    saver = Saver(tmp_path, keep=1, background=False)
+    saver.save(state, 1, {})
+    seen: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def half(path: Path, **options: Any) -> None:
+        seen.append([found.name for found in checkpoint.checkpoints(tmp_path)])
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", half)
+    saver.save(state, 2, {})
+    assert seen == [["step-00000002"]]
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    background: bool, tiny_dir: str, tmp_path: Path
+) -> None:
+    state = make(tiny_dir, DP2, "adam")
+    saver = Saver(tmp_path, background=background)
+    saver.save(state, 1, {"step": 1})
+    saver.finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="rank 0.* MiB are free there; the newest .* is step-00000001"):
+            saver.save(state, 2, {"step": 2})
+            saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoint.load(state, tmp_path) == {"step": 1}
+    Saver(tmp_path, background=background).save(state, 2, {"step": 2})
 
 
 @pytest.mark.usefixtures("world")

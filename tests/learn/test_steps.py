@@ -22,6 +22,8 @@ from dppo_mcore.learn.sft import pack, sft_step
 from dppo_mcore.learn.state import Learner, build
 from dppo_mcore.learn.step import BadGradientError, logprobs, train_step
 from dppo_mcore.runtime import parallel
+from dppo_mcore.runtime.errors import UserError
+from dppo_mcore.types import ScoredRollout
 from tests.learn.groups import random_conversations, random_groups
 
 Make = Callable[..., Learner]
@@ -108,13 +110,21 @@ def test_groups_without_signal_change_nothing(learner: Make) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(with_dead), weights(without), strict=True))
 
 
+def emptied(answer: ScoredRollout) -> ScoredRollout:
+    """The answer as if it was aborted before its first token."""
+    return replace(answer, rollout=replace(answer.rollout, token_ids=(), logprobs=(), finish_reason="abort"))
+
+
 def test_dropping_keeps_the_constant_normalizer(learner: Make) -> None:
-    """Dr.GRPO divides by all sequences: dropping groups of zero advantage leaves the loss as it is."""
+    """Dr.GRPO divides by all sequences: neither groups of zero advantage nor empty answers change the divisor."""
     results = []
     for drop in (True, False):
         state = learner(aggregation="constant", drop_zero_variance=drop, kl_coef=0.0)
         state.begin_phase("rl", 1e-4, 10)
-        results.append(rl_step(state, random_groups(state.qwen, 5, 4)).updates[0])
+        groups = random_groups(state.qwen, 5, 4)
+        groups[0] = replace(groups[0], answers=(emptied(groups[0].answers[0]), *groups[0].answers[1:]))
+        results.append(rl_step(state, groups).updates[0])
+        assert results[-1].normalizer == 20 * state.config.rollout.max_response_tokens
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
     assert results[0].loss == pytest.approx(results[1].loss, abs=1e-7)
 
@@ -137,6 +147,23 @@ def test_schedule_counts_optimizer_steps_of_the_phase(learner: Make) -> None:
     rates.append(sft_step(state, random_conversations(state.qwen, 3)).update.lr)
     assert rates == pytest.approx([1e-4, 7.75e-5, 1e-5])
     assert (state.progress.phase_steps, state.progress.total_steps) == (1, 3)
+
+
+def test_a_phase_goes_on_under_present_options(learner: Make) -> None:
+    """A resumed phase that is to last longer decays over its new length, from where it stands."""
+    state = learner()
+    state.config = replace(state.config, optimizer=replace(state.config.optimizer, lr_schedule="linear"))
+    state.begin_phase("sft", 1e-4, 4)
+    conversations = random_conversations(state.qwen, 2)
+    for _ in range(2):
+        sft_step(state, conversations)
+    saved = state.state_dict()
+    state.load_state_dict(saved)
+    state.continue_phase(1e-4, 4)
+    assert state.state_dict() == saved
+    state.continue_phase(1e-4, 20)
+    assert state.progress.phase_steps == 2
+    assert sft_step(state, conversations).update.lr == pytest.approx(1e-4 * (0.1 + 0.9 * 0.9))
 
 
 def test_bad_gradients_are_skipped_counted_and_named(learner: Make) -> None:
@@ -169,8 +196,8 @@ def test_offload_is_bitwise_neutral(learner: Make, optimizer: str) -> None:
             train_step(state, batches, CrossEntropy())
             if offloads:
                 stages = offloader.offload()
-                assert [stage.name for stage in stages] == ["gradients", "optimizer", "weights"]
-                assert all(stage.bytes > 0 for stage in stages) and offloader.offload() == []
+                assert [stage.name for stage in stages] == ["gradients", "optimizer", "weights", "communicators"]
+                assert all(stage.bytes > 0 for stage in stages[:3]) and offloader.offload() == []
                 assert all(p.untyped_storage().nbytes() == 0 for m in state.models for p in m.parameters())
                 offloader.reload()
         finals.append(weights(state))
@@ -185,12 +212,11 @@ def test_replay_is_bitwise(learner: Make, tmp_path: Path) -> None:
         for step in range(3):
             if mode == "dump":
                 groups = random_groups(state.qwen, 4, 3, seed=step)
-                replay.dump(tmp_path, step, groups)
+                replay.dump(tmp_path, f"1-1 RL/{step}", groups)
             else:
-                groups = replay.replay(tmp_path, step)
+                groups = replay.replay(tmp_path, f"1-1 RL/{step}")
             rl_step(state, groups)
         finals.append(weights(state))
-    assert replay.steps(tmp_path) == [0, 1, 2]
     assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
-    with pytest.raises(ValueError, match="no recorded step 7"):
-        replay.replay(tmp_path, 7)
+    with pytest.raises(UserError, match="no recorded batch '1-1 RL/7'"):
+        replay.replay(tmp_path, "1-1 RL/7")
