@@ -129,6 +129,31 @@ def test_dropping_keeps_the_constant_normalizer(learner: Make) -> None:
     assert results[0].loss == pytest.approx(results[1].loss, abs=1e-7)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_step_is_the_same_under_every_budget(level: str, learner: Make) -> None:
+    """Answers far above a row's tokens, an empty one, a dropped group, two updates, one prompt a row or many."""
+    found = []
+    for data in (
+        DataConfig(max_tokens_per_micro_batch=16),
+        DataConfig(max_tokens_per_micro_batch=4096),
+        DataConfig(max_tokens_per_micro_batch=4096, micro_batch_size=1, share_prompts=False),
+    ):
+        state = learner(importance_level=level, aggregation="seq-mean-token-mean", updates_per_batch=2, tis_cap=1.5)
+        state.config = replace(state.config, data=data)
+        state.begin_phase("rl", 1e-4, 10)
+        groups = random_groups(state.qwen, 5, 3, longest=160)
+        groups[1] = replace(groups[1], answers=(emptied(groups[1].answers[0]), *groups[1].answers[1:]))
+        result = rl_step(state, groups)
+        assert len(result.updates) == 2 and max(len(a.rollout.token_ids) for g in groups for a in g.answers) > 100
+        found.append(result)
+    for other in found[1:]:
+        for mine, theirs, tolerance in zip(found[0].updates, other.updates, (1e-6, 1e-4), strict=True):
+            assert theirs.normalizer == mine.normalizer
+            assert theirs.loss == pytest.approx(mine.loss, abs=tolerance)
+            assert theirs.grad_norm == pytest.approx(mine.grad_norm, rel=10 * tolerance)
+        assert other.metrics["rl/kl_rollout"] == pytest.approx(found[0].metrics["rl/kl_rollout"], rel=1e-4)
+
+
 def test_overlong_penalty() -> None:
     assert [overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100, 120)] == [0.0, 0.0, -0.5, -1.0, -1.0]
     assert overlong_penalty(100, 100, 0) == 0.0
