@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,6 @@ from dppo_mcore.types import Prompt, PromptMedia
 TASK_SECONDS = 300.0
 KILL_WAIT_SECONDS = 10.0
 
-Key = tuple[str, float | None, str | None]
-
 
 class PromptSource:
     """Makes prompts from requests. Use from one thread; close it, or let the process end.
@@ -55,9 +53,9 @@ class PromptSource:
         self.counts: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self._ahead = max(data.decode_ahead, 1)
-        self._backlog: OrderedDict[Key, Request] = OrderedDict()
-        self._pending: OrderedDict[Key, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = OrderedDict()
-        self._plans: dict[Key, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = {}
+        self._backlog: OrderedDict[Hashable, Request] = OrderedDict()
+        self._pending: OrderedDict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = OrderedDict()
+        self._plans: dict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = {}
         setup = Setup(str(model_dir), replace(data, media_cache_mib=0), str(device or "cpu"))
         self._pool = _WorkerPool(setup, data.data_workers, self.processor) if data.data_workers else None
 

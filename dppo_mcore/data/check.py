@@ -14,6 +14,7 @@ import torch
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data import errors
+from dppo_mcore.data.chat import MEDIA_TOKENS
 from dppo_mcore.data.decode import make_decoder
 from dppo_mcore.data.errors import MediaError
 from dppo_mcore.data.frames import plan_media
@@ -47,7 +48,7 @@ class Report:
     refused: list[Damage] = field(default_factory=list)
     """Rows not taken: `sample_id` is file:line."""
     damaged: list[Damage] = field(default_factory=list)
-    """Rows whose media cannot be used, each row once."""
+    """Rows whose media or text cannot be used, each row once."""
     objectives: dict[str, int] = field(default_factory=dict)
     dimensions: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
@@ -103,6 +104,9 @@ def _check_media(report: Report, manifest: Manifest, depth: Depth, data: DataCon
             new = list(dict.fromkeys(media for sample in samples for media in sample.media if media not in found))
             found.update(zip(new, threads.map(look, new), strict=True))
             for sample in samples:
+                if token := _media_token(sample):
+                    report.damaged.append(Damage(sample.id, "", errors.UNUSABLE, f"its text contains {token}"))
+                    continue
                 for media in sample.media:
                     report.media[media.kind] = report.media.get(media.kind, 0) + 1
                     result = found[media]
@@ -113,6 +117,12 @@ def _check_media(report: Report, manifest: Manifest, depth: Depth, data: DataCon
                         clips[media.path] = result
     report.seconds = sum(clips.values())
     report.durations = _histogram(clips.values())
+
+
+def _media_token(sample: Sample) -> str | None:
+    """A media token in the sample's own words, which no run would take."""
+    text = "\n".join([*(turn.content for turn in sample.turns), sample.answer or ""])
+    return next((token for token in MEDIA_TOKENS if token in text), None)
 
 
 def _histogram(durations: Iterable[float]) -> dict[str, int]:

@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from dppo_mcore.data import errors
 from dppo_mcore.data.decode_pyav import PyAvDecoder
 from dppo_mcore.data.errors import MediaError
+from dppo_mcore.data.images import read_image
 from dppo_mcore.data.patches import resize
 from dppo_mcore.types import FramePlan
 
@@ -76,10 +74,4 @@ def _backend(name: str, device: torch.device) -> Backend:
 
 def decode_image(plan: FramePlan) -> Tensor:
     """An image, turned as its EXIF says, as one frame uint8 [1, 3, h, w]."""
-    try:
-        with Image.open(plan.path) as image:
-            turned = ImageOps.exif_transpose(image)
-            rgb_HWC = np.array((turned if turned is not None else image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MediaError(plan.path, errors.BAD_FRAMES, str(error)) from error
-    return resize(torch.from_numpy(rgb_HWC).permute(2, 0, 1)[None], plan.size)
+    return resize(read_image(plan.path), plan.size)

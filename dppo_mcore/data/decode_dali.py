@@ -14,10 +14,17 @@ from dppo_mcore.data import errors
 from dppo_mcore.data.decode_pyav import upright
 from dppo_mcore.data.errors import MediaError
 from dppo_mcore.data.patches import resize
+from dppo_mcore.data.probe import probe
+
+# Decoded frames that exist at once, and frames resized at once (in fp32 on a GPU).
+FRAME_BYTES = 512 << 20
+RESIZED_AT_ONCE = 8
+# DALI's reader of clips in memory counts bytes in 32 bits.
+LARGEST_FILE = (1 << 31) - 1
 
 
 class DaliDecoder:
-    """`device` cuda decodes with NVDEC there ("mixed"), cpu on the CPU."""
+    """`device` cuda decodes with NVDEC there (DALI's "mixed" operator, which imperative mode calls "gpu")."""
 
     name = "dali"
 
@@ -25,28 +32,34 @@ class DaliDecoder:
         import nvidia.dali.experimental.dynamic as ndd
 
         self._ndd = ndd
-        self._device = device
-        self._place = "mixed" if device.type == "cuda" else "cpu"
+        self._device_id = (device.index or 0) if device.type == "cuda" else None
+        self._place = "cpu" if self._device_id is None else f"gpu:{self._device_id}"
 
     def decode(self, path: str, indices: tuple[int, ...], size: tuple[int, int], rotation: int = 0) -> Tensor:
         """Frames by number in presentation order (repeats allowed), turned and resized: uint8 [T, 3, h, w]."""
+        info = probe(path)
+        # DALI fills up with black for a frame it doesn't have, and counts packets that nobody is shown.
+        if not info.countable or max(indices) >= len(info.times):
+            raise MediaError(path, errors.FRAME_COUNT, "DALI would count other frames than the plan")
+        encoded = np.fromfile(path, np.uint8)
+        if encoded.size > LARGEST_FILE:
+            raise MediaError(path, errors.UNREADABLE, "DALI reads clips of less than 2 GiB")
+        step = max(FRAME_BYTES // (info.height * info.width * 3), 1)
+        parts = [indices[at : at + step] for at in range(0, len(indices), step)]
         try:
-            encoded = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise MediaError(path, errors.MISSING, error.strerror or "") from error
-        if not encoded.size:
-            raise MediaError(path, errors.EMPTY)
-        try:
-            frames_THWC = self._frames(encoded, indices)
+            return torch.cat([resized for part in parts for resized in self._resized(encoded, part, size, rotation)])
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise MediaError(path, errors.BAD_FRAMES, f"DALI: {reason[-1].strip()[:160]}") from error
-        if len(frames_THWC) != len(indices):
-            raise MediaError(path, errors.FRAME_COUNT, f"DALI gave {len(frames_THWC)} of {len(indices)} frames")
-        return resize(upright(frames_THWC.permute(0, 3, 1, 2), rotation), size).contiguous().cpu()
+
+    def _resized(
+        self, encoded: np.ndarray, indices: tuple[int, ...], size: tuple[int, int], rotation: int
+    ) -> list[Tensor]:
+        frames_TCHW = upright(self._frames(encoded, indices).permute(0, 3, 1, 2), rotation)
+        return [resize(some_TCHW, size).contiguous().cpu() for some_TCHW in frames_TCHW.split(RESIZED_AT_ONCE)]
 
     def _frames(self, encoded: np.ndarray, indices: tuple[int, ...]) -> Tensor:
-        device_id = self._device.index if self._device.type == "cuda" else None
-        with self._ndd.EvalContext(device_id=device_id):
-            decoded = self._ndd.decoders.video(encoded, device=self._place, frames=list(indices))
+        with self._ndd.EvalContext(device_id=self._device_id):
+            # Left to itself, the operator of every decoding process pins its thread to the same core.
+            decoded = self._ndd.decoders.video(encoded, device=self._place, frames=list(indices), affine=False)
             return torch.from_dlpack(decoded)

@@ -8,16 +8,15 @@ The rule, for a clip window of D seconds (the clip's start and end, then the hor
 
 from __future__ import annotations
 
-import os
 import zlib
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data import errors
 from dppo_mcore.data.errors import MediaError
+from dppo_mcore.data.images import image_size
 from dppo_mcore.data.patches import Geometry, smart_resize
 from dppo_mcore.data.probe import ClipInfo, probe
 from dppo_mcore.types import FramePlan, Media
@@ -99,19 +98,7 @@ def _fit(path: str, height: int, width: int, count: int, data: DataConfig, geome
 
 
 def _plan_image(media: Media, data: DataConfig, geometry: Geometry) -> FramePlan:
-    if not os.path.exists(media.path):
-        raise MediaError(media.path, errors.MISSING)
-    if os.path.getsize(media.path) == 0:
-        raise MediaError(media.path, errors.EMPTY)
-    try:
-        with Image.open(media.path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
-    except UnidentifiedImageError as error:
-        raise MediaError(media.path, errors.WRONG_KIND, "not an image") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(media.path, errors.UNREADABLE, str(error)) from error
-    size = _fit(media.path, *((width, height) if turned else (height, width)), 1, data, geometry)
+    size = _fit(media.path, *image_size(media.path), 1, data, geometry)
     return FramePlan(
         path=media.path,
         kind="image",

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,9 @@ from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.schema import parse_row
 from dppo_mcore.types import Sample
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 LABELS = ("objective", "dimension", "source")
+BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Manifest(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        row = json.loads(self._read(index))
+        row = _parse(self._read(index))
         return parse_row(row, self.root, f"{self.path.stem}:{int(self._lines[index])}")
 
     def __iter__(self) -> Iterator[Sample]:
@@ -191,12 +193,10 @@ def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[
     first_line: dict[int, int] = {}
     for line, start, raw in _rows(path):
         try:
-            sample = parse_row(json.loads(raw), root, f"{path.stem}:{line}")
+            sample = parse_row(_parse(raw), root, f"{path.stem}:{line}")
             hashed = int(_hash(sample.id))
             if hashed in first_line:
                 raise DataError(f"id {sample.id!r} is taken by line {first_line[hashed]}")
-        except json.JSONDecodeError as error:
-            refused.append([line, f"not JSON: {error}", ""])
         except DataError as error:
             refused.append([line, str(error), _named_medium(str(error))])
         else:
@@ -217,6 +217,18 @@ def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[
     return arrays, {name: list(values) for name, values in names.items()}, refused
 
 
+def _parse(raw: bytes) -> Any:
+    """A row's JSON value, all of its text fit for UTF-8."""
+    try:
+        row = json.loads(raw)
+        if b"\\u" in raw:
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        reason = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise DataError(f"not JSON: {reason}") from error
+    return row
+
+
 def _named_medium(reason: str) -> str:
     return reason.split("'")[1] if reason.startswith("media path '") else ""
 
@@ -233,21 +245,29 @@ def _rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
                     yield line, start, raw
                 start += len(raw)
             return
-    text = path.read_text(encoding="utf-8")
-    decoder = json.JSONDecoder()
-    at, size, number = text.index("[") + 1, len(text[: text.index("[") + 1].encode()), 0
+    yield from _elements(path)
+
+
+def _elements(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Rows of one JSON array. Bytes that are no UTF-8 are carried along, to be refused with their row."""
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    # Only the elements' ends are wanted here; Python refuses to turn very long digits into a number.
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+    at = text.index("[") + 1
+    start, number = len(text[:at].encode("utf-8", "surrogateescape")), 0
     while True:
-        skipped = len(text[at:]) - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
-        size += len(text[at : at + skipped].encode())
-        at += skipped
-        if at >= len(text) or text[at] == "]":
+        skipped = BETWEEN_ELEMENTS.match(text, at)
+        assert skipped is not None
+        start += skipped.end() - at
+        at = skipped.end()
+        if text[at : at + 1] == "]" and not text[at + 1 :].strip():
             return
         number += 1
         try:
             _, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: element {number} is not JSON ({error}); nothing after it can be read") from error
-        raw = text[at:end].encode()
-        yield number, size, raw
-        size += len(raw)
+        raw = text[at:end].encode("utf-8", "surrogateescape")
+        yield number, start, raw
+        start += len(raw)
         at = end

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -36,9 +37,9 @@ class Request:
     answer: str | None = None
 
     @property
-    def key(self) -> tuple[str, float | None, str | None]:
-        """Equal for equal work."""
-        return (self.sample.id, self.horizon, self.answer)
+    def key(self) -> Hashable:
+        """Equal for equal work; two manifests may use one id for different samples."""
+        return (self.sample.id, self.sample.turns, self.sample.media, self.horizon, self.answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dppo_mcore.data import errors
 from dppo_mcore.data.errors import DataError, MediaError
 
 
@@ -53,7 +54,7 @@ class Quarantine:
         if isinstance(error, MediaError):
             entry = Damage(sample_id, error.path, error.reason, error.detail)
         else:
-            entry = Damage(sample_id, "", "unusable sample", str(error))
+            entry = Damage(sample_id, "", errors.UNUSABLE, str(error))
         self._keep(entry)
         if self._file:
             self._file.parent.mkdir(parents=True, exist_ok=True)

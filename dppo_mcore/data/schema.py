@@ -6,6 +6,7 @@ media keys `video`, `videos`, `image`, `images` holding a string or a list. `doc
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def parse_row(row: Any, root: str, default_id: str) -> Sample:
     extras = row.get("extras") or {}
     if not isinstance(extras, Mapping):
         raise DataError(f"extras: must be an object, got {type(extras).__name__}")
-    gold = row.get("gold", answer)
+    gold = answer if row.get("gold") is None else row["gold"]
     return Sample(
         id=_text(row, "id") or default_id,
         objective=_text(row, "objective") or guess_objective(gold),
@@ -68,7 +69,10 @@ def resolve(path: Any, root: str) -> str:
     """Absolute path of a medium; refuses one that leaves `root`. Symbolic links inside the root are followed."""
     if not isinstance(path, str) or not path:
         raise DataError(f"media path must be non-empty text, got {path!r}")
-    whole = os.path.normpath(os.path.join(root, path.removeprefix("file://")))
+    plain = path.removeprefix("file://")
+    if "://" in plain or "\0" in plain:
+        raise DataError(f"media path {path!r} is not the name of a file")
+    whole = os.path.normpath(os.path.join(root, plain))
     if whole != root and not whole.startswith(root.rstrip(os.sep) + os.sep):
         raise DataError(f"media path {path!r} lies outside the media root {root}")
     return whole
@@ -83,18 +87,24 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     raise DataError(f"{key}: must be text, got {type(value).__name__}")
 
 
+def _either(row: Mapping[str, Any], key: str, other: str) -> Any:
+    """A value under one of two names; null is as good as absent, tables write it into every row that lacks a column."""
+    return row.get(other) if row.get(key) is None else row[key]
+
+
 def _turns(row: Mapping[str, Any], parts: list[tuple[MediaKind, str]]) -> list[Turn]:
-    raw = row.get("messages", row.get("conversations"))
+    raw = _either(row, "messages", "conversations")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise DataError("messages: missing or empty (also accepted as conversations)")
     turns = [Turn("system", row["system"])] if isinstance(row.get("system"), str) else []
     for number, turn in enumerate(raw):
         if not isinstance(turn, Mapping):
             raise DataError(f"messages[{number}]: must be an object")
-        role = ROLES.get(str(turn.get("role", turn.get("from"))))
+        named = _either(turn, "role", "from")
+        role = ROLES.get(str(named))
         if role is None:
-            raise DataError(f"messages[{number}].role: unknown {turn.get('role', turn.get('from'))!r}")
-        content = turn.get("content", turn.get("value"))
+            raise DataError(f"messages[{number}].role: unknown {named!r}")
+        content = _either(turn, "content", "value")
         if isinstance(content, list):
             content = _join_parts(content, number, parts)
         if not isinstance(content, str):
@@ -112,7 +122,7 @@ def _join_parts(content: list[Any], number: int, parts: list[tuple[MediaKind, st
             text.append(str(part.get("text", "")))
         elif kind in ("image", "video"):
             text.append(f"<{kind}>")
-            if kind in part:
+            if part.get(kind) is not None:
                 parts.append((kind, part[kind]))
         else:
             raise DataError(f"messages[{number}].content: part of unknown type {kind!r}")
@@ -143,7 +153,7 @@ def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise DataError(f"{where}.{key}: must be seconds >= 0, got {value!r}")
     if key == "end" and value <= (row.get("start") or 0):
         raise DataError(f"{where}.end: {value} is not after start {row.get('start')}")

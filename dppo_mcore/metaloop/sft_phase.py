@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from dppo_mcore.data.loader import Batches
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn.sft import sft_step
 from dppo_mcore.metaloop import position
@@ -46,19 +45,20 @@ def learn(
         run.learner.begin_phase(phase.name, lr, steps)
     else:
         run.learner.continue_phase(lr, steps)
-    order = Order(len(lessons), shuffle_seed)
-
-    def share(step: int) -> list[Request]:
-        rows = order.rows(step * size, (step + 1) * size)
-        return my_share(run, [_request(run, lessons[row], phase.horizon) for row in rows])
-
-    upcoming = share(done) if done < steps else []
+    batches = Batches(
+        run.source,
+        lambda row: _request(run, lessons[row], phase.horizon),
+        len(lessons),
+        size,
+        shuffle_seed,
+        share=lambda requests: my_share(run, requests),
+        step=done,
+        steps=steps,
+    )
     step = done
     while step < steps:
         began = time.perf_counter()
-        mine, upcoming = upcoming, share(step + 1) if step + 1 < steps else []
-        run.source.prefetch([*mine, *upcoming])
-        conversations = [found for request in mine if (found := run.source.take(request)) is not None]
+        conversations = next(batches)
         data_seconds = time.perf_counter() - began
         result = sft_step(run.learner, conversations)
         step, run.step = step + 1, run.step + 1
@@ -69,23 +69,6 @@ def learn(
         if step < steps:
             position.save_if_due(run, phase.name, step)
     position.finish_phase(run, phase.name, step, f"{steps} steps over {len(lessons)} lessons")
-
-
-class Order:
-    """Row numbers of an endless series of seeded passes, addressed by place: nothing to store for a resume."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self._rows, self._seed = rows, seed
-        self._passes: dict[int, np.ndarray] = {}
-
-    def rows(self, start: int, end: int) -> list[int]:
-        """Rows at places [start, end)."""
-        return [int(self._pass(place // self._rows)[place % self._rows]) for place in range(start, end)]
-
-    def _pass(self, number: int) -> np.ndarray:
-        if number not in self._passes:
-            self._passes = {number: np.random.default_rng([self._seed, number]).permutation(self._rows)}
-        return self._passes[number]
 
 
 def _request(run: Run, lesson: Lesson, horizon: float | None) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -82,19 +82,22 @@ def write_clip(
     times: Sequence[float] | None = None,
     rotation: int = 0,
     streaming: bool = False,
+    options: Mapping[str, str] | None = None,
+    muxer: Mapping[str, str] | None = None,
+    pixels: str | None = None,
 ) -> Path:
     """Write a clip of numbered frames; `times` in seconds makes the rate variable, `rotation` is counter-clockwise.
 
-    `streaming` puts an MP4's index before its pictures.
+    `streaming` puts an MP4's index before its pictures; `options`, `muxer` and `pixels` replace the codec's usual ones.
     """
     how = CODECS[codec]
     height, width = size
     odd = height % 2 or width % 2
-    options = {"movflags": "faststart"} if streaming else {}
-    with own_scheduling(), av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(how.encoder, rate=fps, options=dict(how.options))
+    layout = {"movflags": "faststart"} if streaming else {}
+    with own_scheduling(), av.open(str(path), "w", options={**layout, **(muxer or {})}) as container:
+        stream = container.add_stream(how.encoder, rate=fps, options=dict(options or how.options))
         stream.width, stream.height = width, height
-        stream.pix_fmt = how.odd_pixels if odd and how.odd_pixels else how.pixels
+        stream.pix_fmt = pixels or (how.odd_pixels if odd and how.odd_pixels else how.pixels)
         stream.codec_context.thread_count = 1
         stream.codec_context.time_base = Fraction(1, 1000 if times is not None else fps)
         if rotation:

@@ -46,3 +46,12 @@ def test_report(tmp_path: Path) -> None:
     assert not report.ok() and not report.damaged
     broken = check_manifest(evaluation, depth="rows")
     assert broken.ok() and not check_manifest(evaluation).ok()
+
+
+def test_media_tokens_in_text_are_found(tmp_path: Path) -> None:
+    """What a run would quarantine for its words is named beforehand, once."""
+    write_clip(tmp_path / "a.mp4", frames=16)
+    pool = manifest(tmp_path, "pool.jsonl", [("1", "a.mp4", "Done?"), ("2", "a.mp4", "What is <|video_pad|>?")])
+    report = check_manifest(pool)
+    assert [(damage.sample_id, damage.reason) for damage in report.damaged] == [("2", "unusable sample")]
+    assert "<|video_pad|>" in report.damaged[0].detail and report.media == {"video": 1}

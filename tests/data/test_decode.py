@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from dppo_mcore.config import DataConfig
+from dppo_mcore.data import decode_dali
 from dppo_mcore.data.decode import Decoder, make_decoder
 from dppo_mcore.data.decode_dali import DaliDecoder
 from dppo_mcore.data.decode_pyav import PyAvDecoder
@@ -80,12 +82,85 @@ def test_refused_clips_go_to_the_next_backend_once(tmp_path: Path) -> None:
 def test_dali_goes_on_after_a_bad_clip(tmp_path: Path) -> None:
     """One refusal costs one clip, not the backend."""
     good = str(clip(tmp_path, "vp9", "constant"))
-    bad = tmp_path / "bad.webm"
-    bad.write_bytes(b"not a video" * 100)
+    bad = str(clip(tmp_path, "h264", "constant"))
     backend = DaliDecoder(torch.device("cpu"))
     with pytest.raises(MediaError, match="do not decode"):
-        backend.decode(str(bad), (0, 1), (64, 64))
+        backend.decode(bad, (0, 1), (64, 64))
     assert backend.decode(good, (0, 5), (64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_dali_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large clip is decoded a bounded number of bytes at a time, to the same pixels."""
+    path = str(clip(tmp_path, "vp9", "constant"))
+    backend, wanted = DaliDecoder(torch.device("cpu")), (0, 3, 3, 9, 20, 21, 22, 39)
+    whole = backend.decode(path, wanted, (28, 56))
+    monkeypatch.setattr(decode_dali, "FRAME_BYTES", 3 * 64 * 64 * 3)
+    monkeypatch.setattr(decode_dali, "RESIZED_AT_ONCE", 2)
+    assert torch.equal(backend.decode(path, wanted, (28, 56)), whole)
+    with pytest.raises(MediaError, match="other frames than the plan"):
+        backend.decode(path, (0, 40), (28, 56))
+
+
+def test_dali_knows_the_device_it_is_given(tmp_path: Path) -> None:
+    """On a machine without that GPU the refusal is about the GPU, not about the name we call it by."""
+    if torch.cuda.device_count() > 7:
+        pytest.skip("this machine has eight GPUs")
+    with pytest.raises(MediaError) as refusal:
+        DaliDecoder(torch.device("cuda", 7)).decode(str(clip(tmp_path, "vp9", "constant")), (0,), (64, 64))
+    assert "Invalid device id: 7" in refusal.value.detail or "CUDA" in refusal.value.detail, refusal.value
+
+
+def hide_a_frame(path: Path, hidden: Path, number: int) -> Path:
+    """The same VP8 clip with one frame that is decoded and never shown, as its reference frames often are."""
+    with av.open(str(path)) as source, av.open(str(hidden), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for count, packet in enumerate(source.demux(video=0)):
+            if packet.dts is None:
+                continue
+            content = bytearray(bytes(packet))
+            content[0] &= 0xEF if count == number else 0xFF
+            copy = av.Packet(bytes(content))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            target.mux(copy)
+    return hidden
+
+
+def test_clips_that_dali_counts_otherwise_go_to_pyav(tmp_path: Path) -> None:
+    """Hidden frames and frames before time zero: each would shift every index behind it."""
+    early = [n / 8 - 0.5 for n in range(40)]
+    numbers = {
+        hide_a_frame(clip(tmp_path, "vp8", "constant"), tmp_path / "hidden.webm", 9): [*range(9), *range(10, 40)],
+        write_clip(tmp_path / "early.mkv", "vp9", times=early, muxer={"avoid_negative_ts": "disabled"}): range(40),
+    }
+    for path, shown in numbers.items():
+        assert len(probe(str(path)).times) == len(shown) and not probe(str(path)).countable
+        plan = plan_media(Media("video", str(path)), DataConfig(min_pixels=784), None, Geometry())
+        decoder = make_decoder("dali", torch.device("cpu"))
+        assert [read_number(frame_CHW) for frame_CHW in decoder(plan)] == [shown[index] for index in plan.indices]
+        assert dict(decoder.counts) == {"decode/dali_refused": 1, "decode/pyav": 1}
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "mpeg4", "mjpeg"])
+def test_frames_that_an_edit_list_cuts_off(codec: str, tmp_path: Path) -> None:
+    """A clip trimmed without encoding it again is whole, and its first frame is the first one shown."""
+    path = write_clip(tmp_path / "edited.mov", codec, times=[n / 8 - 0.5 for n in range(40)])
+    plan = plan_media(Media("video", str(path)), DataConfig(min_pixels=784), None, Geometry())
+    for name in ("pyav", "dali"):
+        frames_TCHW = make_decoder(name, torch.device("cpu"))(plan)
+        assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == [index + 4 for index in plan.indices]
+
+
+PIXELS = [("h264", "yuv420p10le"), ("hevc", "yuv420p10le"), ("vp9", "yuva420p"), ("h264", "gray"), ("h264", "yuv422p")]
+
+
+@pytest.mark.parametrize(("codec", "pixels"), PIXELS)
+def test_pixel_formats(codec: str, pixels: str, tmp_path: Path) -> None:
+    """Ten bits, alpha, grey and fuller chroma all become eight-bit RGB of the right frames."""
+    path = write_clip(tmp_path / f"x.{CODECS[codec].suffix}", codec, frames=24, pixels=pixels)
+    plan = plan_media(Media("video", str(path)), DataConfig(min_pixels=784), None, Geometry())
+    frames_TCHW = make_decoder("dali", torch.device("cpu"))(plan)
+    assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == list(plan.indices)
 
 
 def test_all_refusals_name_the_file(tmp_path: Path) -> None:
@@ -117,6 +192,8 @@ def test_nvdec_shows_the_planned_frames(codec: str, shape: str, tmp_path: Path) 
     frames_TCHW = decoder(plan)
     reference_TCHW = PyAvDecoder().decode(plan.path, plan.indices, plan.size, plan.rotation)
     print(codec, shape, dict(decoder.counts), (frames_TCHW.int() - reference_TCHW.int()).abs().float().mean().item())
+    if codec in ("h264", "hevc") and shape in ("constant", "variable"):
+        assert decoder.counts["decode/dali"] == 1
     if shape == "rotated":
         frames_TCHW = torch.rot90(frames_TCHW, -1, dims=(-2, -1))
     assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == list(plan.indices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -63,3 +64,49 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
             plan(tmp_path / f"{name}.png")
     with pytest.raises(MediaError, match="half.png: .*truncated"):
         decode_image(plan(tmp_path / "half.png"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_range(suffix: str, tmp_path: Path) -> None:
+    """A depth map's upper eight bits are what is seen, not 255 wherever it is above 255."""
+    ramp = np.linspace(0, 65535, 56 * 56).astype(np.uint16).reshape(56, 56)
+    Image.fromarray(ramp).save(tmp_path / f"x.{suffix}")
+    pixels = decode_image(plan(tmp_path / f"x.{suffix}"))
+    assert torch.equal(pixels[0, 0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(MediaError, match="no known range"):
+        decode_image(plan(tmp_path / "float.tif"))
+
+
+def test_an_animation_shows_its_first_picture(tmp_path: Path) -> None:
+    """Given as an image, a GIF is one."""
+    first, second = Image.new("RGB", (56, 56), (255, 0, 0)), Image.new("RGB", (56, 56), (0, 0, 255))
+    first.save(tmp_path / "x.gif", save_all=True, append_images=[second])
+    assert decode_image(plan(tmp_path / "x.gif"))[0, :, 5, 5].tolist() == [255, 0, 0]
+
+
+def test_too_many_pixels_are_named(tmp_path: Path) -> None:
+    """Pillow's bound against decompression bombs costs the sample, not the run."""
+    Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
+    with pytest.raises(MediaError, match="not a media file .*decompression bomb"):
+        plan(tmp_path / "x.png")
+
+
+def test_random_damage_is_named(tmp_path: Path) -> None:
+    """Whatever bytes are flipped in a header: pixels or a refusal, never another exception."""
+    chance = np.random.default_rng(0)
+    noise = Image.fromarray(chance.integers(0, 255, (50, 40, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("jpg", "png", "gif", "webp", "tif", "bmp"):
+        noise.save(tmp_path / f"x.{suffix}", **({"exif": exif} if suffix in ("jpg", "png", "webp") else {}))
+        content = (tmp_path / f"x.{suffix}").read_bytes()
+        for _ in range(60):
+            bad = bytearray(content)
+            for at in chance.integers(0, min(len(bad), 300), 3):
+                bad[at] = chance.integers(256)
+            (tmp_path / f"bad.{suffix}").write_bytes(bad)
+            try:
+                decode_image(plan(tmp_path / f"bad.{suffix}"))
+            except MediaError as error:
+                assert error.reason

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ import torch
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data.ahead import PromptSource
 from dppo_mcore.data.errors import DataError
-from dppo_mcore.data.loader import Batch, BatchLoader, Order, Packing, divide
+from dppo_mcore.data.loader import Batches, Order, divide
 from dppo_mcore.data.messages import Request
-from dppo_mcore.types import Media, PackedBatch, Sample, Turn
+from dppo_mcore.data.packing import pack_conversations
+from dppo_mcore.types import Media, PackedBatch, Prompt, Sample, Turn
 from tests.data.clips import write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,19 +52,24 @@ def make_requests(folder: Path) -> list[Request]:
     return made
 
 
-def make_loader(source: PromptSource, requests: list[Request], rank: int = 0, ranks: int = 1) -> BatchLoader:
-    """The loader of every test here."""
-    return BatchLoader(source, requests, BATCH, Packing(400, 4), seed=11, rank=rank, ranks=ranks)
+def make_batches(source: PromptSource, requests: list[Request], step: int = 0, **options: Any) -> Batches:
+    """The batches of every test here."""
+    return Batches(source, requests.__getitem__, len(requests), BATCH, seed=11, step=step, **options)
 
 
-def fingerprint(batch: Batch) -> str:
-    """Of everything a batch holds."""
-    digest = hashlib.blake2b(json.dumps([batch.step, list(batch.damaged)]).encode(), digest_size=8)
-    for row in batch.micro_batches:
+def fingerprint(source: PromptSource, prompts: list[Prompt]) -> str:
+    """Of everything the packed rows of a batch hold."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in pack_conversations(prompts, source.processor.qwen, 400, 4):
         for tensor in tensors(row):
             digest.update(tensor.contiguous().numpy().tobytes())
         digest.update(repr((row.sequences, row.grids)).encode())
     return digest.hexdigest()
+
+
+def unbroken(source: PromptSource, requests: list[Request], steps: int) -> list[str]:
+    """What comes when nothing is killed."""
+    return [fingerprint(source, prompts) for prompts in make_batches(source, requests, steps=steps)]
 
 
 def tensors(row: PackedBatch) -> list[torch.Tensor]:
@@ -71,21 +79,18 @@ def tensors(row: PackedBatch) -> list[torch.Tensor]:
 
 
 def test_200_resume_points_give_the_unbroken_sequence(requests: list[Request], tiny_dir: str) -> None:
-    """A fresh loader is thrown away after a few batches, 200 times over, and always goes on where it was."""
+    """Thrown away after a few batches, 200 times over, and begun again at its step: always what would have come."""
     source = PromptSource(tiny_dir, DataConfig(data_workers=0))
-    unbroken = [fingerprint(next(loader)) for loader in [make_loader(source, requests)] for _ in range(STEPS)]
-    assert len(set(unbroken)) == STEPS
+    whole = unbroken(source, requests, STEPS)
+    assert len(set(whole)) == STEPS
     chance = random.Random(0)
     for _ in range(200):
-        step = chance.randrange(STEPS - 4)
-        first = make_loader(source, requests)
-        first.restore({**first.state(), "step": step})
-        found = [fingerprint(next(first)) for _ in range(chance.randrange(1, 3))]
-        state = json.loads(json.dumps(first.state()))
-        second = make_loader(source, requests)
-        second.restore(state)
-        found += [fingerprint(next(second)) for _ in range(2)]
-        assert found == unbroken[step : step + len(found)]
+        begin = chance.randrange(STEPS - 4)
+        first = make_batches(source, requests, begin)
+        found = [fingerprint(source, next(first)) for _ in range(chance.randrange(1, 3))]
+        second = make_batches(source, requests, json.loads(json.dumps(first.step)))
+        found += [fingerprint(source, next(second)) for _ in range(2)]
+        assert found == whole[begin : begin + len(found)]
 
 
 def test_workers_and_cache_change_nothing(requests: list[Request], tiny_dir: str) -> None:
@@ -93,40 +98,38 @@ def test_workers_and_cache_change_nothing(requests: list[Request], tiny_dir: str
     found = []
     for data in (DataConfig(data_workers=0), DataConfig(data_workers=2, media_cache_mib=0), DataConfig(data_workers=1)):
         source = PromptSource(tiny_dir, data)
-        loader = make_loader(source, requests)
-        found.append([fingerprint(next(loader)) for _ in range(8)])
+        found.append(unbroken(source, requests, 8))
         source.close()
     assert found[0] == found[1] == found[2]
 
 
-def test_a_state_of_other_data_is_refused(requests: list[Request], tiny_dir: str) -> None:
-    """A resumed run with another corpus must not go on silently."""
-    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
-    state = make_loader(source, requests).state()
-    with pytest.raises(DataError, match="other samples"):
-        make_loader(source, requests[:-1]).restore(state)
+def test_the_next_batch_is_decoded_meanwhile(requests: list[Request], tiny_dir: str) -> None:
+    """One step ahead and no further; the last step announces nothing."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, decode_ahead=64, media_cache_mib=0))
+    batches = make_batches(source, requests, steps=2)
+    announced = {requests[item].key for item in Order(40, 11).slots(BATCH, BATCH)}
+    next(batches)
+    assert {*source._pending, *source._backlog} == announced
+    next(batches)
+    assert not source._pending and not source._backlog
+    with pytest.raises(StopIteration):
+        next(batches)
+    source.close()
 
 
-def test_ranks_share_a_batch_without_overlap(requests: list[Request], tiny_dir: str) -> None:
-    """Every usable sample of a global batch is on exactly one rank; all ranks agree without talking."""
+def test_replicas_share_a_batch_without_overlap(requests: list[Request], tiny_dir: str) -> None:
+    """Every usable sample of a global batch is in exactly one part; all replicas agree without talking."""
     source = PromptSource(tiny_dir, DataConfig(data_workers=0))
-    loaders = [make_loader(source, requests, rank, 3) for rank in range(3)]
+
+    def share(rank: int) -> Callable[[Sequence[Request]], list[Request]]:
+        return lambda whole: [whole[at] for at in divide(source, whole, 3)[rank]]
+
+    replicas = [make_batches(source, requests, share=share(rank)) for rank in range(3)]
     for step in range(6):
-        parts = [next(loader) for loader in loaders]
-        ids = [prompt.sample.id for part in parts for prompt in part.prompts]
+        ids = [prompt.sample.id for batches in replicas for prompt in next(batches)]
         wanted = [requests[item].sample.id for item in Order(40, 11).slots(step * BATCH, BATCH)]
         damaged = {request.sample.id for request in requests if request.sample.media[0].path.endswith("11.mp4")}
         assert sorted(ids) == sorted(set(wanted) - damaged)
-
-
-def test_ranks_run_as_many_micro_batches(requests: list[Request], tiny_dir: str) -> None:
-    """The agreed number of rows holds on every rank, filled up with empty rows where needed."""
-    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
-    loader = BatchLoader(source, requests, BATCH, Packing(400, 4), seed=11, agree=lambda count: 9)
-    batch = next(loader)
-    assert len(batch.micro_batches) == 9
-    assert sum(len(row.targets_R) for row in batch.micro_batches) == sum(sum(p.loss_mask) for p in batch.prompts)
-    assert all(row.token_ids_L.numel() % 4 == 0 and row.token_ids_L.numel() for row in batch.micro_batches)
 
 
 def test_divide_balances_cost(requests: list[Request], tiny_dir: str) -> None:
@@ -147,6 +150,14 @@ def test_every_epoch_is_a_permutation() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 5
     assert order.slots(7, 9) == whole[7:16]
     assert Order(10, 3, shuffle=False).slots(8, 4) == [8, 9, 0, 1]
+
+
+def test_nothing_to_learn_is_no_error(tiny_dir: str) -> None:
+    """A loop that found no weakness runs zero steps; asking for one names the cause."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    assert list(make_batches(source, [], steps=0)) == []
+    with pytest.raises(DataError, match="list of samples is empty"):
+        next(make_batches(source, []))
 
 
 @pytest.mark.kill
@@ -171,9 +182,9 @@ def test_sigkill_at_random_instants(requests: list[Request], tiny_dir: str, tmp_
         kills += 1
     assert kills >= 3
     written = [json.loads(line) for line in out.read_text().splitlines()]
-    source = PromptSource(tiny_dir, DataConfig(data_workers=0))
-    loader = make_loader(source, requests)
-    assert [row["batch"] for row in written] == [fingerprint(next(loader)) for _ in range(len(written))]
+    assert [row["batch"] for row in written] == unbroken(
+        PromptSource(tiny_dir, DataConfig(data_workers=0)), requests, len(written)
+    )
 
 
 def written_lines(path: Path) -> int:
@@ -182,21 +193,17 @@ def written_lines(path: Path) -> int:
 
 
 def run_slowly(folder: Path, model: str, out: Path) -> None:
-    """The killed process: writes each batch's fingerprint and the state after it."""
+    """The killed process: writes each batch's fingerprint and the step after it."""
     requests = make_requests(folder)
     source = PromptSource(model, DataConfig(data_workers=1, media_cache_mib=0))
-    loader = make_loader(source, requests)
     lines = out.read_text().splitlines() if out.exists() else []
-    if lines:
-        loader.restore(json.loads(lines[-1])["state"])
+    batches = make_batches(source, requests, json.loads(lines[-1])["step"] if lines else 0, steps=STEPS)
     with open(out, "a") as file:
-        for batch in loader:
-            file.write(json.dumps({"batch": fingerprint(batch), "state": loader.state()}) + "\n")
+        for prompts in batches:
+            file.write(json.dumps({"batch": fingerprint(source, prompts), "step": batches.step}) + "\n")
             file.flush()
             os.fsync(file.fileno())
             time.sleep(0.1)
-            if batch.step == STEPS - 1:
-                break
     source.close()
 
 

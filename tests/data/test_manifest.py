@@ -118,6 +118,75 @@ def test_refusals_name_line_and_reason(tmp_path: Path) -> None:
             assert reason in row.reason and str(row).startswith(f"{path}:{row.line}: ")
 
 
+QUESTION = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "B"}]
+HOSTILE = {
+    b'{"id": "\\ud800", "messages": [{"role": "user", "content": "?"}]}': "half of a surrogate pair",
+    b'{"messages": [{"role": "user", "content": "\\udfff?"}]}': "half of a surrogate pair",
+    b'{"id": "\xff", "messages": [{"role": "user", "content": "?"}]}': "not JSON",
+    b'{"id": ' + b"9" * 5000 + b"}": "not JSON",
+    b'{"video": "a\\u0000.mp4", "messages": [{"role": "user", "content": "?"}]}': "not the name of a file",
+    b'{"video": "http://host/a.mp4", "messages": [{"role": "user", "content": "?"}]}': "not the name of a file",
+    b'{"video": "file:///etc/a.mp4", "messages": [{"role": "user", "content": "?"}]}': "outside the media root",
+    b'{"video": "b/../../a.mp4", "messages": [{"role": "user", "content": "?"}]}': "outside the media root",
+    b'{"video": "a.mp4", "start": NaN, "messages": [{"role": "user", "content": "?"}]}': "must be seconds >= 0",
+    b'{"video": "a.mp4", "end": 1e999, "messages": [{"role": "user", "content": "?"}]}': "must be seconds >= 0",
+    b'{"video": [["a.mp4"]], "messages": [{"role": "user", "content": "?"}]}': "must be non-empty text",
+    b'"text"': "must be a JSON object",
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_hostile_rows_cost_themselves_only(form: str, tmp_path: Path) -> None:
+    """After a byte-order mark, with CRLF and letters of several bytes before them, in lines and in an array."""
+    good = '{"id": "%s", "messages": [{"role": "user", "content": "Wörter"}]}'
+    rows = [(good % "first").encode(), *HOSTILE, (good % "last").encode()]
+    before, between, after = (b"", b"\r\n", b"\r\n") if form == "jsonl" else (b"\r\n[", b" ,\r\n", b"]\r\n")
+    path = tmp_path / f"pool.{form}"
+    path.write_bytes(b"\xef\xbb\xbf" + before + between.join(rows) + after)
+    for _ in range(2):
+        manifest = read_manifest(path)
+        assert [sample.id for sample in manifest] == ["first", "last"] and manifest[1].turns[0].content == "Wörter"
+        assert [row.line for row in manifest.refused] == list(range(2, 2 + len(HOSTILE)))
+        for row, reason in zip(manifest.refused, HOSTILE.values(), strict=True):
+            assert reason in row.reason
+
+
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    """A row that no parser can follow."""
+    deep = '{"a": ' + "[" * 100000 + "]" * 100000 + "}"
+    manifest = read_manifest(write(tmp_path, [deep, {"messages": [{"role": "user", "content": "?"}]}]))
+    assert len(manifest) == 1 and "not JSON" in manifest.refused[0].reason
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1}', '[{"id": 1}, {"id": ]', '[{"id": 1}] tail'])
+def test_a_broken_array_is_named(text: str, tmp_path: Path) -> None:
+    """An array that was cut off cannot be read past its break, and is not taken for a short one."""
+    (tmp_path / "pool.json").write_text(text)
+    with pytest.raises(DataError, match="pool.json: element 2 is not JSON"):
+        read_manifest(tmp_path / "pool.json")
+
+
+def test_null_is_as_good_as_absent(tmp_path: Path) -> None:
+    """Tables write a null wherever a row lacks a column."""
+    parts = [{"type": "video", "video": None, "text": None}, {"type": "text", "text": "?"}]
+    sample = only(
+        tmp_path,
+        {"id": None, "messages": None, "video": None, "images": None, "videos": ["a.mp4"], "gold": None, "extras": None,
+         "conversations": [{"role": None, "from": "human", "content": None, "value": parts},
+                           {"role": "assistant", "from": None, "content": "B", "value": None}]},
+    )  # fmt: skip
+    assert (sample.gold, sample.objective, sample.turns[0].content) == ("B", "prediction", "<video>?")
+
+
+def test_large_rows_and_arrays(tmp_path: Path) -> None:
+    """Ten megabytes in one row; ten thousand elements in no more than their own time."""
+    sample = only(tmp_path, {"video": "a.mp4", "messages": QUESTION, "extras": {"mask": "x" * 10**7}})
+    assert len(sample.extras["mask"]) == 10**7
+    rows = [{"id": f"r{n}", "messages": QUESTION, "video": f"{n}.mp4"} for n in range(10000)]
+    manifest = read_manifest(write(tmp_path, rows, "large.json"))
+    assert manifest.get("r9876").media[0].path.endswith("/9876.mp4")
+
+
 def test_json_array_and_unicode(tmp_path: Path) -> None:
     """Elements of an array are found by their bytes, whatever the letters before them."""
     rows = [{"id": f"数{n}", "messages": [{"role": "user", "content": "Wörter " * n}]} for n in range(5)]
