@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.report.blocks import Limits
 from dppo_mcore.report.page import write
+from dppo_mcore.report.watch import make_server
 from tests.report.synthetic import make_run
 
 HERE = Path(__file__).parent
@@ -91,3 +95,25 @@ def test_the_report_of_a_demo_run(node_modules: Path) -> None:
     run = Path(os.environ.get("RUN", ROOT / "runs" / "demo"))
     assert (run / "ledger.sqlite").exists(), f"no run at {run}: make demo first, or set RUN"
     judge(check(write(run, run / "report.html"), node_modules, TOOLS / "shots-demo"))
+
+
+def test_a_followed_run_keeps_the_readers_place(tmp_path: Path, node_modules: Path) -> None:
+    run = make_run(tmp_path / "run", rollouts=4000, clips=4)
+    server = make_server(run, 0, Limits(frame_samples=4))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    command = ["node", str(HERE / "watch_check.mjs"), address, str(node_modules), chromium()]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as browser:
+            assert browser.stdin and browser.stdout
+            assert browser.stdout.readline() == "waiting\n"
+            with Ledger(run / "ledger.sqlite") as ledger:
+                ledger.quarantine("late.mp4", "rl-hostile", "written while someone was reading")
+            browser.stdin.write("written\n")
+            browser.stdin.flush()
+            result = json.loads(browser.stdout.readline())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result["after"] == result["before"] and "page 2" in result["before"]["found"]
+    assert result["errors"] == [] and result["live"] == "live"
