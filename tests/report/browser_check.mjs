@@ -101,6 +101,7 @@ await page.keyboard.press("j");
 await page.waitForFunction((text) => document.querySelector("#samples .detail h3 + .tags").textContent !== text, before);
 result.checks.keyboard = await page.evaluate(() => document.activeElement.getAttribute("aria-current") === "true");
 await page.locator("details.data summary").first().click();
+await page.waitForSelector("details.data[open] table tbody tr");
 result.checks.numbers = await page.locator("details.data[open] table tbody tr").count();
 
 await page.evaluate(axe.source);

@@ -181,7 +181,7 @@ function stackedBars({ title, note, rows, format = compact, size = WIDE }) {
 
 // axes: names; series: [{name, color, values in [0, 1]}]
 function radar({ title, note, axes, series }) {
-  const [width, height, radius] = NARROW ? [WIDE, 300, 84] : [WIDE, 400, 138], cx = width / 2, cy = height / 2 + 2;
+  const [width, height, radius] = NARROW ? [WIDE, 280, 70] : [WIDE, 400, 138], cx = width / 2, cy = height / 2 + 2;
   const svg = canvas(width, height);
   const angle = (k) => (Math.PI * 2 * k) / axes.length - Math.PI / 2;
   const place = (k, share) => [cx + Math.cos(angle(k)) * radius * share, cy + Math.sin(angle(k)) * radius * share];

@@ -161,7 +161,7 @@ function curves() {
 function time() {
   const into = body("time");
   const names = [...new Set(Object.values(DATA.curves.seconds).flatMap(Object.keys))].filter((name) => name !== "step" && name !== "total").sort();
-  const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length);
+  const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length && (row.name !== "other" || row.parts.some((part) => part.value > 1)));
   const grid = node("div", { cls: "grid two" });
   if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
   const work = Object.entries(DATA.curves.flops).map(([phase, total]) => ({ name: phase, parts: [{ name: "training", color: "var(--c2)", value: total }] }));
