@@ -10,7 +10,7 @@ from typing import Any
 from dppo_mcore.learn.rl import RlResult, rl_step
 from dppo_mcore.metaloop import carrying, position
 from dppo_mcore.metaloop.evaluation import evaluate
-from dppo_mcore.metaloop.rolling import Batch, roll_out
+from dppo_mcore.metaloop.rolling import Batch, dump, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake, push
 from dppo_mcore.practice import curriculum
@@ -81,7 +81,7 @@ def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Sta
         sampling=practice.sampling,
     )
     behind = run.ledger.groups(phase.name, before_step=done)
-    draw.replay(behind, run.config.rl.prompts_per_step, stagnation)
+    draw.replay(behind, run.config.rl.prompts_per_step, stagnation, steps=done)
     return draw, stagnation
 
 
@@ -89,8 +89,10 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch
     """This replica's groups of a step."""
     recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
     with awake(run):
-        if run.config.rollout.rollout_partial:
-            return carrying.roll_out_step(run, phase, ids, step)
+        if run.config.rollout.rollout_partial and not run.config.output.replay_rollouts:
+            batch = carrying.roll_out_step(run, phase, ids, step)
+            dump(run, f"{phase.name}/{step}", batch.groups, trains=True)
+            return batch
         return roll_out(
             run,
             ids,
@@ -111,6 +113,7 @@ def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step:
     ]
     draw.update(newest)
     stagnation.add(newest)
+    stagnation.exhausted = draw.exhausted()
     verdict = stagnation.verdict()
     draw.freeze(verdict.frozen)
     return verdict

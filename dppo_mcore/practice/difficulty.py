@@ -142,6 +142,10 @@ class Draw:
         """Ids that can still be drawn."""
         return [name for name, entry in self._entries.items() if self._drawn(entry)]
 
+    def exhausted(self) -> frozenset[str]:
+        """Objectives of which something was drawable at first and nothing is any more."""
+        return frozenset(objective for objective, count in self._live.items() if count == 0)
+
     def _drawn(self, entry: _Entry) -> bool:
         return entry.objective not in self._frozen and (self._random or entry.status in DRAWN)
 
@@ -201,6 +205,7 @@ class Draw:
             self.update(by_step.get(step, ()))
             if stagnation is not None:
                 stagnation.add(by_step.get(step, ()))
+                stagnation.exhausted = self.exhausted()
                 self.freeze(stagnation.verdict().frozen)
 
     def _next_epoch(self) -> list[str]:

@@ -3,7 +3,8 @@
 Per task, over a window of steps: p is the mean success, e = |2p - 1|, f = 1 - min(1, |p_now - p_before| / 0.05) with
 p_before the mean over the window just before, and S = 0.3 e + 0.7 f. Sampling noise must not hide flatness: a window
 is lengthened until it holds enough prompts, and a change below two standard errors counts as none (f = 1).
-A task without two full windows isn't known to be flat: its f is 0. `max_steps` bounds every phase.
+A task without two full windows isn't known to be flat: its f is 0. One of which nothing is left to draw can't change
+any more: its f is 1. `max_steps` bounds every phase.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Stagnation:
     steps: int = 0
     """Steps seen in this phase."""
     frozen: set[str] = field(default_factory=set)
+    exhausted: frozenset[str] = frozenset()
+    """Tasks of which nothing is left to draw (`Draw.exhausted`)."""
     _tallies: dict[str, list[_Tally]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,6 +168,8 @@ class Stagnation:
             change = success - before.total / before.prompts
             error = math.sqrt(last.variance() / last.prompts + before.variance() / before.prompts)
             flatness = 1.0 if abs(change) < 2 * error else 1 - min(1.0, abs(change) / FLATNESS_SCALE)
+        if name in self.exhausted:
+            flatness = 1.0
         score = EXTREMITY_WEIGHT * extremity + FLATNESS_WEIGHT * flatness
         ready = change is not None
         return TaskScore(score, success, change, error, extremity, flatness, last.length, last.prompts, ready)

@@ -106,7 +106,7 @@ def test_rescored_as_training_goes() -> None:
     draw = Draw(samples, [BufferRow(s.id, "kept", 4, 2) for s in samples], seed=0)
     draw.update([Group(1, "s0000", "counting", 8, 8)])
     assert "s0000" not in draw.drawable()
-    assert len(draw.draw(3)) == 2
+    assert len(draw.draw(3)) == 2 and draw.exhausted() == {"counting"}
     draw.update([Group(2, "s0001", "planning", 8, 8), Group(2, "s0002", "success", 8, 8)])
     assert draw.draw(3) == []
 
@@ -125,6 +125,12 @@ def test_frozen_objectives_are_not_drawn() -> None:
     draw.freeze(["counting", "planning"])
     names = draw.draw(30)
     assert len(names) == 10 and {samples[int(n[1:])].objective for n in names} == {"success"}
+
+
+def test_a_task_mastered_from_the_start_is_not_exhausted() -> None:
+    samples = pool(2)
+    draw = Draw(samples, [BufferRow("s0000", "mastered", 4, 4), BufferRow("s0001", "kept", 4, 2)], seed=0)
+    assert draw.exhausted() == frozenset()
 
 
 def test_random_is_a_permutation_of_the_pool() -> None:

@@ -181,6 +181,24 @@ def test_a_task_too_rare_to_judge_does_not_hold_the_run() -> None:
     assert verdict.reason.startswith("after 300 steps")
 
 
+def test_a_task_with_nothing_left_to_draw_does_not_hold_the_run() -> None:
+    """It was mastered before it filled two windows, and would count as not flat for ever."""
+
+    def run(exhausted: frozenset[str]) -> tuple[int, str]:
+        stagnation = Stagnation(window=5, min_prompts=50, min_steps=10, max_steps=300)
+        for number in range(1, 301):
+            groups = step(number, {"a": [4] * 10})
+            stagnation.add(groups + step(number, {"mastered": [8] * 10}) if number <= 6 else groups)
+            stagnation.exhausted = exhausted if number >= 6 else frozenset()
+            verdict = stagnation.verdict()
+            if verdict.stop:
+                return number, verdict.reason
+        raise AssertionError("never ended")
+
+    assert run(frozenset({"mastered"})) == (10, "S = 0.85: a 0.70, mastered 1.00")
+    assert run(frozenset())[0] == 300
+
+
 def test_empty_and_single_sample() -> None:
     stagnation = Stagnation(max_steps=3)
     stagnation.add([])
