@@ -18,10 +18,7 @@ import tyro
 import yaml
 
 from dppo_mcore.config import Config
-from dppo_mcore.runtime.errors import UserError
-
-SAYING_S = 5.0
-"""A node's other ranks leave its first one this long to say what is wrong with all of them."""
+from dppo_mcore.runtime.errors import SAYING_S, UserError
 
 
 class ConfigError(UserError):

@@ -54,7 +54,7 @@ def run_guarded(main: Callable[[], None]) -> NoReturn:
         line = _known_error(error)
         report = f"error: {line}" if line else _traceback()
         if logging.getLogger().handlers:
-            logging.getLogger(__name__).error(report)  # to this rank's own file, whoever failed first
+            logging.getLogger().error(report)  # to this rank's own file, whoever failed first
         if _announce_failure():
             _say(report)
         _leave(1)
@@ -119,9 +119,7 @@ def _announce_failure() -> bool:
     """True for the first rank to fail: the one whose traceback is worth reading."""
     if _store is None:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            time.sleep(
-                SAYING_S
-            )  # what ends every rank at its start is said by the node's first, and torchrun ends this
+            time.sleep(SAYING_S)  # what ends every rank is said by the node's first; torchrun then ends this one
         return True
     rank = os.environ.get("RANK", "0")
     try:

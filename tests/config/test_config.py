@@ -15,6 +15,7 @@ import pytest
 from dppo_mcore import config_checks, config_loading
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import ConfigError, load, override, to_yaml
+from dppo_mcore.runtime.errors import SAYING_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"model_type": "qwen2_5_vl", "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 8,
@@ -233,7 +234,7 @@ def test_one_rank_of_a_node_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, 
     """torchrun ends the others while they wait; one that fails alone speaks after all."""
     waited: list[float] = []
     monkeypatch.setattr(config_loading.time, "sleep", waited.append)
-    for rank, waits in (("0", []), ("1", [config_loading.SAYING_S])):
+    for rank, waits in (("0", []), ("1", [SAYING_S])):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as ending:
             config_loading.fail(ConfigError("data: x"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 from dppo_mcore.runtime import faults
 
@@ -13,13 +14,18 @@ def main() -> None:
     kind, folder = sys.argv[1], sys.argv[2]
     rank = int(os.environ["RANK"])
     if kind == "import" and rank == 1:
+        open(os.path.join(folder, f"up-{rank}"), "w").close()
+        raise ImportError("planted at import")
+    if kind == "import-everywhere":
         raise ImportError("planted at import")
     import torch
     import torch.distributed as dist
 
     from dppo_mcore.config import ParallelConfig
     from dppo_mcore.runtime import parallel
+    from dppo_mcore.runtime.log import start_logging
 
+    start_logging(Path(folder), rank)
     parallel.start(ParallelConfig(), seed=0)
     faults.watch()
     open(os.path.join(folder, f"up-{rank}"), "w").close()
@@ -27,7 +33,9 @@ def main() -> None:
         raise ValueError("planted in the forward")
     if kind == "collective" and rank == 1:
         dist.all_reduce(torch.ones(3), op="planted operator")
-    while not faults.stop_requested():
+    if kind == "waiting" and rank == 0:
+        dist.barrier()  # the other rank never comes
+    while kind == "waiting" or not faults.stop_requested():
         time.sleep(0.05)
     open(os.path.join(folder, f"saved-{rank}"), "w").close()
     raise faults.Preempted

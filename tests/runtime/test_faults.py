@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,15 +32,32 @@ def wait_for(folder: Path, names: list[str], timeout_s: float = 90.0) -> None:
 @pytest.mark.parametrize("kind", ["import", "forward", "collective"])
 def test_a_failing_rank_ends_the_job_with_one_traceback(tmp_path: Path, kind: str) -> None:
     job = launch(kind, tmp_path)
-    if kind != "import":
-        wait_for(tmp_path, ["up-0", "up-1"])
+    wait_for(tmp_path, ["up-1"] if kind == "import" else ["up-0", "up-1"])
     began = time.monotonic()
     output, _ = job.communicate(timeout=90)
+    took = time.monotonic() - began
     assert job.returncode != 0
-    assert output.count("[rank 1] Traceback") == 1, output
-    assert "[rank 0] Traceback" not in output, output
+    assert output.count("[rank 1] Traceback") == output.count("] Traceback (most") == 1, output
+    assert took < 15
     if kind != "import":
-        assert time.monotonic() - began < 15
+        assert "[rank 1] Traceback" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_what_ends_every_rank_is_said_once(tmp_path: Path) -> None:
+    output, _ = launch("import-everywhere", tmp_path).communicate(timeout=90)
+    assert output.count("] Traceback (most") == 1, output
+
+
+def test_ctrl_c_ends_a_rank_that_waits_in_a_collective(tmp_path: Path) -> None:
+    job = launch("waiting", tmp_path)
+    wait_for(tmp_path, ["up-0", "up-1"])
+    time.sleep(1.0)
+    ranks = psutil.Process(job.pid).children()
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    output, _ = job.communicate(timeout=60)
+    assert output.count("interrupted") == 1 and "] Traceback (most" not in output, output
 
 
 def test_sigterm_lets_every_rank_save_and_says_how_to_resume(tmp_path: Path) -> None:
