@@ -2,6 +2,7 @@
 #
 #   TORCH_SOURCE   where pip finds the CPU build of torch, e.g. "--find-links DIR" or "--index-url URL" of PyTorch's
 #                  CPU packages. Empty: pip's own configuration.
+#   NGC_PIP_FLAGS  further flags of `make setup-ngc`'s pip, e.g. --dry-run
 #   PYTHON         the interpreter the environments are made with (>= 3.11)
 
 PYTHON ?= python3
@@ -36,10 +37,13 @@ $(SGLANG)/.ready: constraints/sglang-cpu.txt
 	$(SGLANG)/bin/python $(PIP) --no-deps -r constraints/sglang-cpu.txt
 	touch $@
 
-# Inside an NGC PyTorch image: its own torch, transformer-engine and apex are used, and none is replaced.
+# Inside an NGC PyTorch image: its own torch, transformer-engine and apex are used, and none is replaced. They are
+# development builds from local files, which `pip freeze` gives no version of; the image's own constraint file would
+# forbid the rest.
+IMAGE_PINS ?= /tmp/image-pins.txt
 setup-ngc:
-	$(PYTHON) -m pip freeze | grep -iE '^(torch|triton|transformer[-_]engine|apex|flash[-_]attn|numpy)\b.*==' > /tmp/image-pins.txt || true
-	$(PYTHON) $(PIP) -c constraints/ngc.txt -c /tmp/image-pins.txt --no-build-isolation -e '.[report]'
+	$(PYTHON) tools/image_pins.py > $(IMAGE_PINS)
+	env -u PIP_CONSTRAINT $(PYTHON) $(PIP) $(NGC_PIP_FLAGS) -c constraints/ngc.txt -c $(IMAGE_PINS) --no-build-isolation -e '.[report]'
 
 demo: setup
 	$(PY) examples/tabletop/demo.py
