@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dppo_mcore.model.flex import block_mask, flex
 from dppo_mcore.runtime import device
+from dppo_mcore.runtime.errors import UserError
 
 RESPONSE_CHUNK = 512
 """Responses up to so many tokens together share one call; the waste between siblings stays below the prompt's cost."""
@@ -99,11 +100,9 @@ def resolve_backend(name: str, shared: bool) -> str:
         return "flash" if not shared and _flash_varlen() is not None else "flex"
     if name == "flash":
         if shared:
-            raise ValueError(
-                "--attention-backend flash knows no shared prompts: use auto or flex, or share_prompts off"
-            )
+            raise UserError("--attention-backend flash knows no shared prompts: use auto or flex, or share_prompts off")
         if _flash_varlen() is None:
-            raise ValueError("--attention-backend flash needs CUDA and flash-attn, or a torch with varlen attention")
+            raise UserError("--attention-backend flash needs CUDA and flash-attn, or a torch with varlen attention")
     return name
 
 

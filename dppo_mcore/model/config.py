@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dppo_mcore.config import ModelConfig, ParallelConfig
+from dppo_mcore.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -82,7 +83,7 @@ def load_qwen_config(model_dir: str | Path) -> QwenConfig:
 def parse_qwen_config(raw: Mapping[str, Any], source: str = "config.json") -> QwenConfig:
     """Parse the flat form of the released checkpoints or the nested one of newer transformers."""
     if raw.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}, only 'qwen2_5_vl' is supported")
+        raise UserError(f"{source}: model_type is {raw.get('model_type')!r}, only 'qwen2_5_vl' is supported")
     text = raw.get("text_config", raw)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
 
@@ -90,9 +91,10 @@ def parse_qwen_config(raw: Mapping[str, Any], source: str = "config.json") -> Qw
         for name in names:
             if section.get(name) is not None:
                 return section[name]
-        raise ValueError(f"{source}: {names[0]} is missing")
+        raise UserError(f"{source}: {names[0]} is missing")
 
     vision = pick(raw, "vision_config")
+    _refuse_variants(text, vision, rope, source)
     heads, hidden_size = pick(text, "num_attention_heads"), pick(text, "hidden_size")
     config = QwenConfig(
         hidden_size=hidden_size,
@@ -127,10 +129,22 @@ def parse_qwen_config(raw: Mapping[str, Any], source: str = "config.json") -> Qw
         ),
     )
     if 2 * sum(config.mrope_section) != config.head_dim:
-        raise ValueError(f"{source}: mrope_section {config.mrope_section} must sum to half of head_dim")
+        raise UserError(f"{source}: mrope_section {config.mrope_section} must sum to half of head_dim")
     if config.vision.out_hidden_size != config.hidden_size:
-        raise ValueError(f"{source}: vision out_hidden_size differs from hidden_size")
+        raise UserError(f"{source}: vision out_hidden_size differs from hidden_size")
     return config
+
+
+def _refuse_variants(text: Mapping[str, Any], vision: Mapping[str, Any], rope: Mapping[str, Any], source: str) -> None:
+    """Refuse settings that would change the model's output and that it doesn't follow."""
+    for name in ("rope_type", "type"):
+        if rope.get(name, "default") not in ("default", "mrope"):
+            raise UserError(f"{source}: rope scaling of type {rope[name]!r} is not supported, only plain mrope")
+    for section, where in ((text, ""), (vision, "vision_config.")):
+        if section.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{source}: {where}hidden_act is {section['hidden_act']!r}, only 'silu' is supported")
+    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
+        raise UserError(f"{source}: sliding-window attention is not supported; set use_sliding_window to false")
 
 
 def padded_vocab_size(qwen: QwenConfig, tensor_parallel: int) -> int:
@@ -145,28 +159,31 @@ def check_layout(qwen: QwenConfig, parallel: ParallelConfig) -> None:
     vpp = parallel.virtual_pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if parallel.context_parallel_size != 1:
-        raise ValueError(f"--context-parallel-size {parallel.context_parallel_size}: only 1 is supported")
+        raise UserError(f"--context-parallel-size {parallel.context_parallel_size}: only 1 is supported")
     for name, size in (("KV heads", qwen.num_kv_heads), ("heads", qwen.num_heads), ("FFN", qwen.intermediate_size)):
         if size % tp:
-            raise ValueError(f"--tensor-model-parallel-size {tp} does not divide the model's {size} {name}")
+            raise UserError(f"--tensor-model-parallel-size {tp} does not divide the model's {size} {name}")
     if parallel.sequence_parallel and tp == 1:
-        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size > 1")
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size > 1")
     if vpp is not None and pp == 1:
-        raise ValueError("--virtual-pipeline-model-parallel-size needs --pipeline-model-parallel-size > 1")
+        raise UserError("--virtual-pipeline-model-parallel-size needs --pipeline-model-parallel-size > 1")
     if pp == 1:
         if first is not None or last is not None:
-            raise ValueError("--num-layers-in-first/last-pipeline-stage need --pipeline-model-parallel-size > 1")
+            raise UserError("--num-layers-in-first/last-pipeline-stage need --pipeline-model-parallel-size > 1")
         return
+    for name, size in (("first", first), ("last", last)):
+        if size is not None and size < 1:
+            raise UserError(f"--num-layers-in-{name}-pipeline-stage {size}: at least 1 is needed")
     middle = qwen.num_layers - (first or 0) - (last or 0)
     stages = pp - (first is not None) - (last is not None)
     if middle < 0 or (stages == 0 and middle) or (stages and middle % stages) or (stages and not middle):
-        raise ValueError(
+        raise UserError(
             f"--pipeline-model-parallel-size {pp}: {middle} layers do not divide over {stages} stages; "
             "set --num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage"
         )
     sizes = {first, last, middle // stages if stages else None} - {None}
     if vpp is not None and any(size % vpp for size in sizes):
-        raise ValueError(
+        raise UserError(
             f"--virtual-pipeline-model-parallel-size {vpp} does not divide the layers per stage {sorted(sizes)}"
         )
 
@@ -189,6 +206,9 @@ def transformer_config(qwen: QwenConfig, parallel: ParallelConfig, model: ModelC
     dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
     fused = uses_transformer_engine()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if parallel.pipeline_model_parallel_size == 2 and first is not None:
+        last = None  # It follows from the first; Megatron would divide by the number of stages between them.
     recompute: dict[str, Any] = {}
     if model.recompute_granularity == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform",
@@ -219,8 +239,8 @@ def transformer_config(qwen: QwenConfig, parallel: ParallelConfig, model: ModelC
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         use_cpu_initialization=False,

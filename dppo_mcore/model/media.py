@@ -130,10 +130,10 @@ def check_media(batch: PackedBatch, qwen: QwenConfig, embeddings: int | None = N
 def _sample_at(batch: PackedBatch, position: int) -> str:
     """Name of the sample whose segment covers a position of the row."""
     segments_L = batch.segments_L.cpu()
-    firsts = batch.cu_rows[:-1].cpu()
+    bounds = batch.cu_rows.tolist()
     loss_rows_R = batch.loss_rows_R.cpu()
-    for sequence, first in zip(batch.sequences, firsts.tolist(), strict=True):
-        if first < len(loss_rows_R) and segments_L[loss_rows_R[first]] == segments_L[position]:
+    for sequence, first, end in zip(batch.sequences, bounds, bounds[1:], strict=False):
+        if first < end and segments_L[loss_rows_R[first]] == segments_L[position]:
             return f"sample {sequence.sample_id}"
     return _samples(batch)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dppo_mcore.model.config import QwenConfig
+from dppo_mcore.runtime.errors import UserError
 
 Grid = tuple[int, int, int]
 
@@ -33,13 +34,16 @@ def mrope_positions(
     ids_L = torch.as_tensor(token_ids, dtype=torch.int64).cpu()
     where = f"sample {name}: " if name else ""
     if len(grids) != len(seconds_per_grid):
-        raise ValueError(f"{where}{len(grids)} grids but {len(seconds_per_grid)} seconds_per_grid")
+        raise UserError(f"{where}{len(grids)} grids but {len(seconds_per_grid)} seconds_per_grid")
     runs = media_runs(ids_L, qwen)
     tokens = sum(end - start for start, end, _ in runs)
     merge = qwen.vision.spatial_merge_size
+    for grid in grids:
+        if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+            raise UserError(f"{where}grid {grid} does not divide into {merge} x {merge} patches a token")
     counts = [t * (h // merge) * (w // merge) for t, h, w in grids]
     if tokens != sum(counts):
-        raise ValueError(f"{where}{tokens} media tokens but {len(grids)} media with {sum(counts)} features")
+        raise UserError(f"{where}{tokens} media tokens but {len(grids)} media with {sum(counts)} features")
 
     pieces: list[Tensor] = []
     at = 0  # tokens done
@@ -52,11 +56,15 @@ def mrope_positions(
         while at < end:
             grid, count, seconds = queue.pop(0)
             if at + count > end:
-                raise ValueError(f"{where}medium with grid {grid} needs {count} tokens, {end - at} are there")
+                raise UserError(f"{where}medium with grid {grid} needs {count} tokens, {end - at} are there")
             if is_video and seconds is None:
-                raise ValueError(f"{where}a video has no seconds_per_grid; its temporal positions would be wrong")
+                raise UserError(f"{where}a video has no seconds_per_grid; its temporal positions would be wrong")
+            if is_video and not (grid[0] == 1 and seconds == 0 or 0 < seconds < math.inf):
+                raise UserError(f"{where}a video has seconds_per_grid {seconds}, no time between its frames")
+            if not is_video and seconds is not None:
+                raise UserError(f"{where}image tokens stand where a video with grid {grid} is given")
             if not is_video and grid[0] != 1:
-                raise ValueError(f"{where}image tokens with grid {grid}, more than one frame")
+                raise UserError(f"{where}image tokens with grid {grid}, more than one frame")
             piece_3M = _medium(grid, seconds if is_video else None, qwen) + following
             pieces.append(piece_3M)
             following = int(piece_3M.max()) + 1

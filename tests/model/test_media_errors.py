@@ -10,7 +10,7 @@ import torch
 
 from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.model.media import check_media
-from dppo_mcore.types import PackedBatch
+from dppo_mcore.types import PackedBatch, SequenceRef
 from tests.model.cases import conversation, pack
 
 
@@ -44,6 +44,20 @@ def test_features_without_token_name_their_sample(batch: PackedBatch, qwen: Qwen
     ids_L[batch.media_rows_M[0]] = 5
     with pytest.raises(ValueError, match="sample first: 1 features have no media token"):
         check_media(replace(batch, token_ids_L=ids_L), qwen)
+
+
+def test_a_sequence_without_rows_names_nobody_elses_sample(batch: PackedBatch, qwen: QwenConfig) -> None:
+    """Its rows start where the next sample's do."""
+    ids_L = batch.token_ids_L.clone()
+    ids_L[batch.media_rows_M[0]] = 5
+    empty = replace(
+        batch,
+        token_ids_L=ids_L,
+        sequences=(SequenceRef("empty", 0), *batch.sequences),
+        cu_rows=torch.cat([batch.cu_rows[:1], batch.cu_rows]),
+    )
+    with pytest.raises(ValueError, match="sample first: 1 features"):
+        check_media(empty, qwen)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,29 @@ def test_a_missing_key_is_named(tiny_dir: str) -> None:
         parse_qwen_config(raw)
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("rope", {"rope_type": "yarn", "factor": 4.0}, "rope scaling of type 'yarn' is not supported"),
+        ("rope", {"type": "linear"}, "rope scaling of type 'linear' is not supported"),
+        ("text_config", {"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ("text_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu'"),
+        ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu'"),
+    ],
+)
+def test_variants_that_would_compute_something_else_are_refused(
+    tiny_dir: str, section: str, change: dict[str, Any], message: str
+) -> None:
+    raw = json.loads((Path(tiny_dir) / "config.json").read_text())
+    text = raw["text_config"]
+    changed = (
+        text["rope_parameters" if "rope_parameters" in text else "rope_scaling"] if section == "rope" else raw[section]
+    )
+    changed.update(change)
+    with pytest.raises(ValueError, match=message):
+        parse_qwen_config(raw)
+
+
 def test_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="model_type is 'llama'"):
         parse_qwen_config({"model_type": "llama"})
@@ -45,6 +68,8 @@ def test_another_model_is_refused() -> None:
         ({"context_parallel_size": 2}, "--context-parallel-size 2: only 1"),
         ({"num_layers_in_first_pipeline_stage": 3}, "need --pipeline-model-parallel-size > 1"),
         ({"pp": 2, "num_layers_in_first_pipeline_stage": 8}, "--pipeline-model-parallel-size 2"),
+        ({"pp": 2, "num_layers_in_first_pipeline_stage": 0}, "--num-layers-in-first-pipeline-stage 0: at least 1"),
+        ({"pp": 2, "num_layers_in_last_pipeline_stage": -1}, "--num-layers-in-last-pipeline-stage -1: at least 1"),
         ({"pp": 4, "num_layers_in_first_pipeline_stage": 1}, "set --num-layers-in-first-pipeline-stage"),
     ],
 )

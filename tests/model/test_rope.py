@@ -101,6 +101,28 @@ def test_lost_seconds_are_an_error(qwen: QwenConfig) -> None:
         mrope_positions(video(qwen, 4), [(1, 4, 4)], [None], qwen, name="s1")
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_seconds_are_an_error(qwen: QwenConfig, seconds: float) -> None:
+    with pytest.raises(ValueError, match="sample s1: a video has seconds_per_grid .*, no time between its frames"):
+        mrope_positions(video(qwen, 8), [(2, 4, 4)], [seconds], qwen, name="s1")
+
+
+def test_a_single_grid_needs_no_time(qwen: QwenConfig) -> None:
+    assert mrope_positions(video(qwen, 1), [(1, 2, 2)], [0.0], qwen)[0].tolist() == [0, 1, 2]
+
+
+def test_media_of_the_other_kind_are_an_error(qwen: QwenConfig) -> None:
+    """A clip of one grid has as many features as an image; only its kind gives it away."""
+    with pytest.raises(ValueError, match="sample s5: image tokens stand where a video"):
+        mrope_positions(image(qwen, 4) + video(qwen, 4), [(1, 4, 4)] * 2, [1.0, None], qwen, name="s5")
+
+
+@pytest.mark.parametrize("grid", [(1, 3, 4), (1, 4, 5), (0, 4, 4)])
+def test_grids_that_do_not_merge_are_an_error(qwen: QwenConfig, grid: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="sample s6: grid .* does not divide"):
+        mrope_positions(image(qwen, 2), [grid], [None], qwen, name="s6")
+
+
 def test_more_features_than_tokens_is_an_error(qwen: QwenConfig) -> None:
     with pytest.raises(ValueError, match="sample s2: 3 media tokens but 1 media with 4 features"):
         mrope_positions(image(qwen, 3), [(1, 4, 4)], [None], qwen, name="s2")
