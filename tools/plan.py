@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import time
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, help="layers on the last stage")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # With a GPU, Transformer Engine's modules would take real memory.
     layout = ParallelConfig(
         tensor_model_parallel_size=arguments.tp,
         pipeline_model_parallel_size=arguments.pp,

@@ -27,17 +27,11 @@ def uses_transformer_engine() -> bool:
     return HAVE_TE and device.device().type == "cuda"
 
 
-def parameter_device(config: TransformerConfig) -> torch.device:
-    """Where parameters are made: this rank's device, or torch's default one as Megatron has it when it initialises
-    on the CPU (and so the meta device under `torch.device("meta")`)."""
-    return torch.get_default_device() if config.use_cpu_initialization else device.device()
-
-
 class RMSNorm(torch.nn.RMSNorm):
     """Norm of the local spec; its gradient is summed over tensor-parallel ranks under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=parameter_device(config))
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
         self.weight.sequence_parallel = config.sequence_parallel
 
 

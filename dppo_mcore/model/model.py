@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from dppo_mcore.config import Config, ModelConfig
 from dppo_mcore.model.attention import plan_attention
 from dppo_mcore.model.config import QwenConfig, transformer_config
-from dppo_mcore.model.language import build_language, parameter_device
+from dppo_mcore.model.language import build_language
 from dppo_mcore.model.media import GatherFrames, ZeroGrads, check_media, share_frames
 from dppo_mcore.model.vision import VisionTower
+from dppo_mcore.runtime import device
 from dppo_mcore.types import PackedBatch
 
 Grid = tuple[int, int, int]
@@ -45,7 +45,7 @@ class QwenVL(MegatronModule):
         self.vision: VisionTower | None = None
         if self.pre_process:
             recompute = model.recompute_granularity == "full"
-            with torch.device(parameter_device(config)):
+            with device.device():
                 self.vision = VisionTower(qwen.vision, recompute).to(config.params_dtype)
             self.vision.freeze(tower=model.freeze_vision, merger=model.freeze_merger)
             for parameter in self.vision.parameters():
@@ -148,16 +148,8 @@ class QwenVL(MegatronModule):
         return ZeroGrads.apply(x, *learning) if learning and torch.is_grad_enabled() else x
 
 
-def build_model(qwen: QwenConfig, config: Config, *, meta: bool = False) -> list[QwenVL]:
-    """This rank's model chunks (one per virtual stage), on the device, randomly initialised, unwrapped.
-
-    With `meta` parameters have shapes only, for planning layouts that don't fit here.
-    """
+def build_model(qwen: QwenConfig, config: Config) -> list[QwenVL]:
+    """This rank's model chunks (one per virtual stage), on the device, randomly initialised, unwrapped."""
     transformer = transformer_config(qwen, config.parallel, config.model)
-    transformer.use_cpu_initialization = meta
-    transformer.perform_initialization = not meta
     stages = config.parallel.virtual_pipeline_model_parallel_size
-    with torch.device("meta") if meta else nullcontext():
-        return [
-            QwenVL(qwen, transformer, config.model, stage) for stage in ([None] if stages is None else range(stages))
-        ]
+    return [QwenVL(qwen, transformer, config.model, stage) for stage in ([None] if stages is None else range(stages))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from dppo_mcore.config import ParallelConfig
 from dppo_mcore.model.config import parse_qwen_config
+from dppo_mcore.model.weight_map import WeightMap
 from dppo_mcore.runtime.errors import UserError
 
 TOOL = Path(plan.__file__)
@@ -55,6 +57,31 @@ def test_other_sizes_tied_uneven_and_interleaved(size: str, layout: dict[str, in
         num_layers_in_last_pipeline_stage=layout.get("last"),
     )
     assert plan.dry_run(plan.qwen_of(size), parallel)["keys"] == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", plan.TEXT_SIZES)
+def test_every_size_in_every_layout(size: str) -> None:
+    """Each key exactly once, or one line that names the flag."""
+    qwen = plan.qwen_of(size)
+    keys = len(WeightMap(qwen).hf_shapes())
+    for tp, pp, vpp in itertools.product((1, 2, 4), (1, 2, 4), (None, 2)):
+        layout = ParallelConfig(
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        )
+        message = None
+        if qwen.num_kv_heads % tp:
+            message = f"--tensor-model-parallel-size {tp} does not divide the model's {qwen.num_kv_heads} KV heads"
+        elif vpp and pp == 1:
+            message = "--virtual-pipeline-model-parallel-size needs --pipeline-model-parallel-size > 1"
+        elif vpp and qwen.num_layers // pp % vpp:
+            message = f"--virtual-pipeline-model-parallel-size {vpp} does not divide the layers per stage"
+        if message is None:
+            assert plan.dry_run(qwen, layout)["keys"] == keys
+        else:
+            with pytest.raises(UserError) as refused:
+                plan.dry_run(qwen, layout)
+            assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
 def test_a_layout_that_does_not_divide_is_one_line() -> None:
