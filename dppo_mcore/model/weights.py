@@ -207,6 +207,8 @@ def copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
             shutil.copyfile(file, out / file.name)
     config = json.loads((out / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["torch_dtype"] = name
     for section in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):
             if isinstance(section, dict) and key in section:
