@@ -123,6 +123,34 @@ def test_block_tables_cover_what_is_visible(seed: int, monkeypatch: pytest.Monke
     assert not bool((full & ~touched).any())
 
 
+def test_kernels_visit_exactly_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlexAttention's kernels walk the mask, forward by query blocks and backward by key blocks: full blocks
+    unmasked, the others through the mask function."""
+    monkeypatch.setattr(flex, "BLOCK", 16)
+    segments_L, branches_L = rows((40, (9, 30, 17)), (5, ()), (70, (3,)), padding=6)
+    length = len(segments_L)
+    mask = flex.block_mask(find_segments(segments_L, branches_L), segments_L, branches_L)
+    place = torch.arange(length)
+    zero = torch.zeros((), dtype=torch.int64)
+    allowed = mask.mask_mod(zero, zero, place[:, None], place[None, :])
+    seen = (segments_L[:, None] == segments_L) & (place[:, None] >= place)
+    seen &= (branches_L == 0) | (branches_L[:, None] == branches_L)
+    assert torch.equal(allowed, seen)
+    for backward, partial, full in (
+        (False, (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)),
+        (True, (mask.q_num_blocks, mask.q_indices), (mask.full_q_num_blocks, mask.full_q_indices)),
+    ):
+        visits = torch.zeros(length, length, dtype=torch.int64)
+        for (counts, order), visible in ((partial, allowed), (full, torch.ones_like(allowed))):
+            for row, count in enumerate(counts[0, 0].tolist()):
+                for column in order[0, 0, row, :count].tolist():
+                    q, k = (column, row) if backward else (row, column)
+                    block = slice(16 * q, 16 * q + 16), slice(16 * k, 16 * k + 16)
+                    visits[block] += visible[block].long()
+        assert torch.equal(visits, seen.long())
+    assert int(mask.full_kv_num_blocks.sum()) > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "name"), [("flex", "plain"), ("flex", "several"), ("flex", "long-responses"), ("flash", "plain")]
