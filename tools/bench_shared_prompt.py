@@ -86,6 +86,8 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of both packings and their ratios."""
     parallel.start(ParallelConfig(), seed=0)
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     from dppo_mcore.model.config import load_qwen_config
     from dppo_mcore.model.model import build_model
     from dppo_mcore.model.weights import load_hf_weights
@@ -97,6 +99,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         chunks = build_model(qwen, Config(model=settings))
         load_hf_weights(chunks, folder, qwen)
     model = chunks[0]
+    # As in training: kernels that add a weight's gradient where it belongs need the place for it.
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 256, (arguments.prompt,), generator=generator)
     answers = torch.randint(0, 256, (arguments.group, arguments.response), generator=generator)
@@ -104,16 +108,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = {"separate": pack(prompt, answers, False), "shared": pack(prompt, answers, True)}
 
     def step(batch: PackedBatch) -> None:
-        model.zero_grad()
+        wrapped.zero_grad_buffer()
         targets = batch.targets_R.to(device.device())
-        logprobs, _ = linear_logprob(model(batch), model.head_weight(), targets, vocab_size=qwen.vocab_size)
+        logprobs, _ = linear_logprob(wrapped(batch), model.head_weight(), targets, vocab_size=qwen.vocab_size)
         (logprobs * weights).sum().backward()
 
     figures: dict[str, Any] = {}
     gradients = {}
     for name, batch in batches.items():
         flops = count_flops(lambda batch=batch: step(batch))
-        gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        gradients[name] = {key: p.main_grad.clone() for key, p in model.named_parameters() if p.requires_grad}
         figures[name] = {"tokens": len(batch.token_ids_L), "flops": flops, "seconds": float("inf")}
     for _ in range(arguments.repeats):
         for name, batch in batches.items():
