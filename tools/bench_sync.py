@@ -103,6 +103,10 @@ class BenchEngine:
         load()
         self.weight_version = version
 
+    def revive(self, error: BaseException) -> bool:
+        """There is nothing to start anew."""
+        return False
+
 
 def rank_main(rank: int, world: int, port: int, options: argparse.Namespace, results: Any) -> None:
     """One trainer rank."""

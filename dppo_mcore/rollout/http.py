@@ -26,15 +26,13 @@ from dppo_mcore.rollout import weight_group, wire
 from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
 from dppo_mcore.rollout.sglang_options import sampling_params
-from dppo_mcore.rollout.sidecar_client import EngineDied, Refused
+from dppo_mcore.rollout.sidecar_client import CONTROL_S, EngineDied, Refused
 from dppo_mcore.types import Prompt
 
 KEY_VARIABLE = "DPPO_ENGINE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENGINE_PREFIXES = ("model.layers.", "model.embed_tokens.", "model.norm.", "visual.", "lm_head.")
 WAIT_S = 300.0
-CONTROL_S = 60.0
-"""Pausing, going on, aborting and flushing take a moment; a server that needs longer hangs."""
 
 
 def check_url(url: str, key: str) -> str:
@@ -60,6 +58,9 @@ def check_names(metas: Sequence[TensorMeta]) -> None:
 
 class HttpClient:
     """`EngineClient` over HTTP; one blocking request per answer, on a pool of threads."""
+
+    patience_s = 600.0
+    """What a call may take that moves weights or memory, or scores."""
 
     def __init__(self, url: str, timeout_s: float, max_in_flight: int) -> None:
         self._key = os.environ.get(KEY_VARIABLE, "")
@@ -93,9 +94,9 @@ class HttpClient:
         """GET, JSON or empty."""
         return self._request("GET", path, None, timeout_s)
 
-    def post(self, path: str, timeout_s: float = 600.0, **body: Any) -> dict[str, Any]:
+    def post(self, path: str, timeout_s: float | None = None, **body: Any) -> dict[str, Any]:
         """POST a JSON object. `Refused` on 4xx, `EngineDied` when nobody answers."""
-        return self._request("POST", path, body, timeout_s)
+        return self._request("POST", path, body, self.patience_s if timeout_s is None else timeout_s)
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

@@ -140,9 +140,23 @@ class ServerEngine:
             self.push_again()
         except Exception as error:
             # Both kinds of failure are raised on all ranks, so all come here together.
-            if self._on_leader(self.client_alive):
+            if not self._on_leader(partial(self._was_lost, error)):
                 raise
             self._push_failed = str(error) or repr(error)
+
+    def _was_lost(self, error: BaseException) -> bool:
+        """Whether an error on the leader was the server's end."""
+        return isinstance(error, EngineDied) or isinstance(error.__cause__, EngineDied) or not self.client_alive()
+
+    def revive(self, error: BaseException) -> bool:
+        """After `error` outside of `generate`: start a lost server anew, without weights; False if it is well."""
+        if not self._on_leader(partial(self._was_lost, error)):
+            return False
+        failed = self._on_leader(partial(self._restart, str(error)))
+        self._asleep.clear()
+        if failed:
+            raise EngineError(f"engine {self.name} could not be started again: {failed}") from error
+        return True
 
     def client_alive(self) -> bool:
         """Whether the leader's server answers."""

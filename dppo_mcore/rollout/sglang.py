@@ -20,7 +20,7 @@ from dppo_mcore.rollout.media import positions, probe_clip, share_embeddings, sh
 from dppo_mcore.rollout.placement import visible
 from dppo_mcore.rollout.server import ServerEngine
 from dppo_mcore.rollout.sglang_options import engine_options, environment, sampling_params
-from dppo_mcore.rollout.sidecar_client import EngineDied, SidecarClient
+from dppo_mcore.rollout.sidecar_client import CONTROL_S, EngineDied, SidecarClient
 from dppo_mcore.runtime import device
 from dppo_mcore.types import Prompt, Rollout
 
@@ -167,11 +167,11 @@ class SidecarEngineClient:
 
     def pause(self) -> None:
         """Hold running requests; they give their cache back and are computed again under the weights of then."""
-        self.sidecar.call("pause", mode="retract")
+        self.sidecar.call("pause", timeout_s=CONTROL_S, mode="retract")
 
     def resume(self) -> None:
         """Let them go on."""
-        self.sidecar.call("resume")
+        self.sidecar.call("resume", timeout_s=CONTROL_S)
 
     def sleep(self, tags: Sequence[str]) -> None:
         """Release memory, once idle."""
@@ -248,7 +248,7 @@ class SidecarReceiver:
     def begin(self, version: int) -> None:
         """Hold requests, open the session."""
         self._version = version
-        self._sidecar.call("pause", mode="retract")
+        self._sidecar.call("pause", timeout_s=CONTROL_S, mode="retract")
         self._sidecar.call("begin")
 
     def load_shared(self, metas: Sequence[TensorMeta], handle: Mapping[str, Any]) -> None:
@@ -266,7 +266,7 @@ class SidecarReceiver:
 
     def leave_group(self) -> None:
         """Dissolve it."""
-        self._sidecar.call("leave_group")
+        self._sidecar.call("leave_group", timeout_s=CONTROL_S)
 
     def load_broadcast(self, metas: Sequence[TensorMeta], send: Callable[[], None]) -> None:
         """One bucket by broadcast."""
@@ -282,7 +282,7 @@ class SidecarReceiver:
     def end(self, version: int) -> None:
         """Close the session, let requests go on."""
         self._sidecar.call("end", version=version)
-        self._sidecar.call("resume")
+        self._sidecar.call("resume", timeout_s=CONTROL_S)
 
     def fingerprints(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """What the engine holds, per Hugging Face tensor (`rollout.fingerprint`)."""

@@ -23,6 +23,8 @@ from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.base import EngineError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+CONTROL_S = 60.0
+"""Pausing, going on, aborting and flushing take a moment; an engine that needs longer hangs."""
 SEND_TIMEOUT_S = 60
 """A living sidecar reads at once; one that takes nothing for so long hangs."""
 

@@ -81,7 +81,21 @@ class WeightSync:
         self._transport = TRANSPORTS[name](self.engine.receiver, Path(self.config.run.model))  # type: ignore[arg-type]
 
     def push(self, version: int) -> SyncReport:
-        """Make the engine answer with this replica's present weights, verified; collective."""
+        """Make the engine answer with this replica's present weights, verified; collective.
+
+        An engine that was lost since it last answered, or is lost meanwhile, is started anew and gets them then.
+        """
+        left = self.config.rollout.rollout_retries
+        while True:
+            try:
+                return self._push(version)
+            except Exception as error:
+                if not left or not self.engine.revive(error):  # type: ignore[attr-defined]
+                    raise
+            left -= 1
+            self._renew()
+
+    def _push(self, version: int) -> SyncReport:
         reports: list[SyncReport] = []
         self.engine.update_weights(version, lambda: reports.append(self._load(version)))
         if self.probe is not None:
@@ -92,11 +106,14 @@ class WeightSync:
 
     def again(self) -> None:
         """The same to a restarted engine, which holds nothing."""
+        self._renew()
+        self._push(self.engine.weight_version)
+
+    def _renew(self) -> None:
         self._vision_sent = False
         if self._transport is not None:
             self._transport.stop()
         self._make_transport()
-        self.push(self.engine.weight_version)
 
     def stop(self) -> None:
         """Let go of what outlives a sync (a group with the engine); the next push makes it anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -68,11 +69,11 @@ def test_long_answers_are_carried_over_several_weights(unbroken: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_runs_end_with_the_same_ledger(world: Path, unbroken: Path, tmp_path: Path, ranks: int) -> None:
-    """Killed again and again at odd moments, one rank ends with the unbroken run's ledger, two with an exact one."""
+    """Killed six times at odd moments, one rank ends with the unbroken run's ledger, two with an exact one."""
     command = harness.command(world, tmp_path / "run", ranks, **OPTIONS)
-    for number in range(6):
-        if not harness.kill_after(command, tmp_path / "log", 14 + 3.1 * number):
-            break
+    dice = random.Random(ranks)
+    for step in (1, 1, 2, 3, 4, 5):
+        assert harness.kill_behind(command, tmp_path / "log", f"1-1 RL step {step:4d}", dice.uniform(0.0, 0.8))
     harness.finish(command, tmp_path / "log")
     check(tmp_path / "run")
     if ranks == 1:

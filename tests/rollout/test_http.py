@@ -19,7 +19,7 @@ from dppo_mcore.model.weight_map import canonical_name
 from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
 from dppo_mcore.rollout.http import HttpClient, HttpReceiver, check_url
-from dppo_mcore.rollout.sidecar_client import EngineDied, Refused
+from dppo_mcore.rollout.sidecar_client import CONTROL_S, EngineDied, Refused
 from dppo_mcore.types import Prompt, Sample
 from tests.rollout import cases
 from tests.support.sglang_server import HttpServer
@@ -31,8 +31,10 @@ LONG = Sampling(temperature=1.0, max_tokens=200, banned_token_ids=tuple(range(59
 
 @pytest.fixture
 def client(sglang_server: HttpServer) -> Iterator[HttpClient]:
-    """A client of the session's server."""
+    """A client of the session's server, which must be able to answer: hung by one test, it fails the next at once."""
     made = HttpClient(sglang_server.url, 180.0, 8)
+    made.patience_s = 120.0
+    made.post("/generate", CONTROL_S, input_ids=[1, 2], sampling_params={"max_new_tokens": 1})
     yield made
     made.close()
 
@@ -168,6 +170,13 @@ class Peer(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Silence."""
+
+
+@pytest.mark.sglang
+def test_the_real_server_says_how_many_replicas_it_runs(client: HttpClient) -> None:
+    """Under the names the check below reads."""
+    information = client.get("/server_info")
+    assert (information["dp_size"], information["tp_size"]) == (1, client.tensor_parallel)
 
 
 def test_a_server_of_several_replicas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,25 @@ def test_a_killed_worker_costs_no_answer(engine: Any) -> None:
     assert not os.path.exists(f"/proc/{victim}") or victim not in processes(engine)
 
 
+def test_an_engine_lost_inside_a_sync_gets_the_weights_all_the_same(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to the sidecar while it loads a bucket: started anew, synced from the first bucket, verified."""
+    sync, before = engine.weight_sync, engine.restarts
+    load, victims = engine.receiver.load_shared, processes(engine)[:1]
+
+    def kill_then_load(*arguments: Any) -> None:
+        if victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+        load(*arguments)
+
+    monkeypatch.setattr(engine.receiver, "load_shared", kill_then_load)
+    report = sync.push(1)
+    assert not victims and engine.restarts == before + 1
+    assert report.tensors == len(sync.plan().shapes) and engine.weight_version == 1
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
 def test_a_request_the_engine_refuses_is_one_clear_error(engine: Any) -> None:
     """It names the sample; the engine stays well."""
     too_long = replace(SAMPLING, max_tokens=-5)
