@@ -66,8 +66,8 @@ def gpu() -> Finding:
     cost, remedy = "runs on the CPU: right, but only for tiny models", "start the container with --gpus all"
     try:
         import torch
-    except ImportError:
-        return Finding("gpu", "missing", "torch is missing", cost, "make setup")
+    except (ImportError, OSError) as error:
+        return Finding("gpu", "missing", f"torch does not import: {error}", cost, "make setup")
     if not torch.cuda.is_available():
         return Finding("gpu", "missing", "no CUDA device", cost, remedy)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -88,13 +88,15 @@ def driver() -> Finding:
 
 def nccl() -> Finding:
     """Collectives between GPUs; gloo serves the CPU."""
-    import torch.distributed as dist
-
-    if dist.is_nccl_available():
+    cost, remedy = "no multi-GPU", "use an NGC image"
+    try:
         import torch
-
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:
+        return Finding("nccl", "missing", f"torch does not import: {error}", cost, remedy)
+    if dist.is_nccl_available():
         return Finding("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))
-    return Finding("nccl", "missing", "torch was built without it; gloo is used", "no multi-GPU", "use an NGC image")
+    return Finding("nccl", "missing", "torch was built without it; gloo is used", cost, remedy)
 
 
 def dali_codecs() -> Finding:
@@ -102,8 +104,8 @@ def dali_codecs() -> Finding:
     finding = _package("nvidia-dali-cuda130", "video is decoded by PyAV on the CPU", "make setup", module="nvidia.dali")
     if finding.state != "ok":
         return finding
-    where = "GPU: h264, hevc, av1, vp8, vp9, mjpeg, mpeg4; " if gpu().state == "ok" else "GPU: none here; "
-    return Finding("dali", "ok", f"{finding.detail}; {where}CPU: vp8, vp9, mjpeg")
+    where = "h264, hevc, av1, vp8, vp9, mpeg4 (by NVDEC's list, not tried)" if gpu().state == "ok" else "none here"
+    return Finding("dali", "ok", f"{finding.detail}; GPU: {where}; CPU: vp8, vp9, mjpeg")
 
 
 def sglang() -> Finding:
@@ -163,8 +165,13 @@ def checks() -> list[Callable[[], Finding]]:
         gpu,
         driver,
         nccl,
-        lambda: _package("transformer-engine", "local layers instead of fused ones", image),
-        lambda: _package("apex", "torch's optimizer instead of the fused one", "use an NGC PyTorch image"),
+        lambda: _package(
+            "transformer-engine", "local layers instead of fused ones", image, module="transformer_engine.pytorch"
+        ),
+        # The package index has an unrelated apex; NVIDIA's has optimizers.
+        lambda: _package(
+            "apex", "torch's optimizer instead of the fused one", "use an NGC PyTorch image", module="apex.optimizers"
+        ),
         lambda: _package("flash-attn", "FlexAttention or SDPA instead", "use an NGC PyTorch image"),
         sglang,
         lambda: _package("vllm", "no vLLM engine", "an environment of its own with vllm, given by --rollout-url"),

@@ -14,6 +14,7 @@ from dppo_mcore.learn import replay
 from dppo_mcore.learn.rl import Group
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.rollout.base import GenerationRequest, Sampling
+from dppo_mcore.runtime.log import progress
 from dppo_mcore.types import Prompt, PromptMedia, Rollout, ScoredRollout
 
 
@@ -58,7 +59,8 @@ def roll_out(
         for name, prompt in prompts.items()
         for first, count in owed([answer.rollout.index for answer in recorded.get(name, [])], n)
     ]
-    rollouts = list(run.engine.generate(requests, sampling or run.sampling)) if requests else []
+    answering = run.engine.generate(requests, sampling or run.sampling) if requests else ()
+    rollouts = list(progress(answering, sum(request.n for request in requests), label))
     generated = time.perf_counter()
     if whole := next((rollout for rollout in rollouts if rollout.token_ids), None):
         run.probe = (prompts[whole.sample_id], whole.token_ids)

@@ -111,6 +111,8 @@ def _watch_signals(reader: socket.socket, writer: socket.socket) -> None:
             _terminate.set()
         if received[0] == signal.SIGINT:
             time.sleep(INTERRUPT_S)
+            if _announce_failure():
+                _say("interrupted")
             os._exit(130)
     writer.close()
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dppo_mcore.runtime.errors import UserError
 from dppo_mcore.runtime.metric_names import unit_of
 
 ROOT_LOGGER = "dppo_mcore"
+REDRAW_S = 0.2
+ERASE = "\x1b[K"
+"""Clears a terminal's line from the cursor on."""
+Item = TypeVar("Item")
 
 
 def get_logger(name: str = "") -> logging.Logger:
@@ -61,7 +67,13 @@ class Metrics:
         if wandb_project:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, dir=str(run), resume="allow", id=run.name)
+            try:
+                self._wandb = wandb.init(project=wandb_project, dir=str(run), resume="allow", id=run.name)
+            except wandb.errors.Error as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"wandb: {reason}; WANDB_MODE=offline keeps the figures in {run / 'wandb'} until `wandb sync`"
+                ) from error
 
     def log(self, step: int, values: Mapping[str, float], **labels: Any) -> None:
         """Record declared metrics at a global step; `labels` (phase, loop) stand beside them in metrics.jsonl."""
@@ -75,6 +87,7 @@ class Metrics:
             for name, value in finite.items():
                 if value is not None:
                     self._board.add_scalar(name, value, step)
+            self._board.flush()  # a rank that is ended leaves its threads behind
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -88,13 +101,20 @@ class Metrics:
             self._wandb.finish()
 
 
-def progress(done: int, total: int, what: str, began: float) -> None:
-    """A progress bar on stderr, only where a person's terminal is."""
-    if not sys.stderr.isatty():
+def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The items, with a bar on rank 0's stderr while they come, only where a person's terminal is."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield from items
         return
-    share = done / max(total, 1)
-    bar = "#" * int(30 * share)
-    left = (time.monotonic() - began) * (1 - share) / share if share > 0 else 0.0
-    end = "\n" if done >= total else ""
-    sys.stderr.write(f"\r{what} [{bar:<30}] {done}/{total}, {left:.0f} s left {end}")
+    began = shown = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown < REDRAW_S and done < total:
+            continue
+        shown, share = now, min(done / max(total, 1), 1.0)
+        left = (now - began) * (1 - share) / share
+        sys.stderr.write(f"\r{what} [{'#' * int(30 * share):<30}] {done}/{total}, {left:.0f} s left{ERASE}")
+        sys.stderr.flush()
+    sys.stderr.write(f"\r{ERASE}")
     sys.stderr.flush()

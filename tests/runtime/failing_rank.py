@@ -17,6 +17,9 @@ def main() -> None:
         open(os.path.join(folder, f"up-{rank}"), "w").close()
         raise ImportError("planted at import")
     if kind == "import-everywhere":
+        open(os.path.join(folder, f"up-{rank}"), "w").close()
+        while not os.path.exists(os.path.join(folder, f"up-{1 - rank}")):
+            time.sleep(0.001)
         raise ImportError("planted at import")
     import torch
     import torch.distributed as dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -36,6 +37,8 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_known_mishaps_are_one_line() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/runs/x/metrics.jsonl")
     assert faults._known_error(full) == "no space left on device while writing /runs/x/metrics.jsonl"
+    sqlite, safetensors = Exception("database or disk is full"), Exception("I/O error: No space left on device (os 28)")
+    assert all("no space left" in (faults._known_error(error) or "") for error in (sqlite, safetensors))
     assert faults._known_error(UserError("data: a manifest is needed")) == "data: a manifest is needed"
     assert faults._known_error(ValueError("a bug")) is None
 
@@ -67,7 +70,15 @@ def test_doctor_says_what_is_there_and_fails_without_what_it_needs(tmp_path: Pat
     command = [sys.executable, "-m", "dppo_mcore.doctor", "--json"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0 and '"can_train": true' in found.stdout
-    (tmp_path / "av.py").write_text("raise ImportError('libav is gone')")
+    for finding in json.loads(found.stdout)["findings"]:
+        assert finding["state"] == "ok" or (finding["cost"] and finding["remedy"]), finding
+    for name in ("av", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is gone')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     broken = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert broken.returncode == 1 and "libav is gone" in broken.stdout
+    assert broken.returncode == 1, broken.stderr
+    states = {finding["name"]: finding for finding in json.loads(broken.stdout)["findings"]}
+    assert not json.loads(broken.stdout)["can_train"]
+    for name in ("av", "torch"):
+        assert states[name]["state"] == "broken" and f"{name} is gone" in states[name]["detail"]
+    assert states["gpu"]["state"] == states["nccl"]["state"] == "missing"

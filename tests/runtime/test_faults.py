@@ -52,10 +52,8 @@ def test_ctrl_c_ends_a_rank_that_waits_in_a_collective(tmp_path: Path) -> None:
     job = launch("waiting", tmp_path)
     wait_for(tmp_path, ["up-0", "up-1"])
     time.sleep(1.0)
-    ranks = psutil.Process(job.pid).children()
-    assert len(ranks) == 2
-    for rank in ranks:
-        rank.send_signal(signal.SIGINT)
+    (rank,) = (child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "0")
+    rank.send_signal(signal.SIGINT)
     output, _ = job.communicate(timeout=60)
     assert output.count("interrupted") == 1 and "] Traceback (most" not in output, output
 
