@@ -88,14 +88,17 @@ def make(
     seed: int = 0,
     dtype: str = "float32",
     legacy_config: bool = False,
+    vocab_size: int | None = None,
 ) -> Path:
-    """Write the checkpoint to `out` and return its path; `legacy_config` writes an older config.json."""
+    """Write the checkpoint to `out` and return its path; `legacy_config` writes an older config.json, `vocab_size`
+    replaces the preset's."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    config = model_config(preset, tied, write_tokenizer(out, PRESETS[preset]["text"]["vocab_size"]))
+    vocab_size = vocab_size or PRESETS[preset]["text"]["vocab_size"]
+    config = model_config(preset, tied, vocab_size, write_tokenizer(out, vocab_size))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
     randomise(model, seed + 1)
@@ -109,11 +112,11 @@ def make(
     return out
 
 
-def model_config(preset: str, tied: bool, ids: dict[str, int]) -> Any:
+def model_config(preset: str, tied: bool, vocab_size: int, ids: dict[str, int]) -> Any:
     """Transformers' configuration of a preset."""
     from transformers import Qwen2_5_VLConfig
 
-    text = dict(PRESETS[preset]["text"])
+    text = PRESETS[preset]["text"] | {"vocab_size": vocab_size}
     vision = dict(PRESETS[preset]["vision"])
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section")}
     common = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -227,6 +230,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--legacy-config", action="store_true", help="config.json as older releases wrote it")
     arguments = parser.parse_args()
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        parser.error(f"--out: {arguments.out} is a file, a folder is needed")
     print(make(**vars(arguments)))
 
 
