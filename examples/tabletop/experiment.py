@@ -25,7 +25,7 @@ if str(ROOT) not in sys.path:
 
 CONFIG = "examples/tiny.yaml"
 BASE_STEPS = 900
-RL_STEPS = 60
+RL_STEPS = 40
 """RL steps per loop of an arm with two loops."""
 COMMON = {
     "buffer-samples": 1200,
@@ -34,11 +34,13 @@ COMMON = {
     "stagnation-threshold": 1.0,
     "last-sft": True,
     "eval-samples": 360,
-    "sft-max-steps": 100,
+    "sft-max-steps": 150,
     "save-interval": 60,
     "log-interval": 10,
 }
 """Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
+RL_ONLY_STEPS = 60
+"""Per loop: 20 steps of 48 x 8 answers stand for one loop's buffer and mining."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ class Arm:
 ARMS = {
     "dppo": Arm("DPPO (RL and SFT in turn, by difficulty, anchors)", {"anchor-share": 0.15}),
     "rl-only": Arm("RL only, random sampling",
-                   {"mode": "rl-only", "sampling": "random", "rl-max-steps": 80, "rl-min-steps": 80}),
+                   {"mode": "rl-only", "sampling": "random", "rl-max-steps": RL_ONLY_STEPS,
+                    "rl-min-steps": RL_ONLY_STEPS}),
     "sft-only": Arm("SFT only, as many SFT steps", {"mode": "sft-only"}),
     "dppo-random": Arm("DPPO with random sampling", {"sampling": "random"}),
     "dppo-no-anchors": Arm("DPPO, mastered samples dropped", {"anchor-share": 0.0}),
     "dppo-kl": Arm("DPPO, mastered samples dropped, KL 0.02", {"anchor-share": 0.0, "kl-coef": 0.02}),
-    "dppo-no-replay": Arm("DPPO without general data",
-                          {"anchor-share": 0.15, "mix-weak": 0.6, "mix-retrieved": 0.4, "mix-general": 0.0}),
+    "dppo-narrow": Arm("DPPO without own and general answers in SFT",
+                       {"anchor-share": 0.15, "mix-weak": 0.7, "mix-retrieved": 0.3, "mix-own": 0.0,
+                        "mix-general": 0.0}),
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def points_of(run: Path) -> list[Point]:
     opened = open_run(run)
     order = {name: key for key, name in opened.phases.items()}
     rollouts = dict(opened.rows("SELECT phase, sum(trials) FROM success GROUP BY phase"))
-    labels = dict(opened.rows("SELECT phase, sum(source != 'general') FROM sft_items GROUP BY phase"))
+    labels = dict(opened.rows("SELECT phase, sum(source IN ('weak', 'retrieved')) FROM sft_items GROUP BY phase"))
     found: dict[str, dict[str, Any]] = {}
     for entry in evaluations(opened):
         found.setdefault(entry["phase"], {})[entry["name"]] = entry
@@ -149,7 +149,7 @@ def summarise(out: Path, arms: dict[str, str], into: Path) -> str:
     (into / "results.md").write_text(
         f"# Contrasts on the tabletop, {made['date']}\n\n`{made['command']}`; {versions}; {made['machine']}.\n\n"
         "Greedy held-out success in percent, mean ± standard deviation over seeds. Rollouts include buffers and "
-        f"mining; labels are verified teacher answers in the corpora.\n\n{shown}\n\n"
+        f"mining; labels are the weak and retrieved items of all corpora.\n\n{shown}\n\n"
         + ("![](success.svg)\n\n![](general.svg)\n" if found else "")
     )
     return shown
