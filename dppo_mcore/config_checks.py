@@ -275,6 +275,8 @@ def _check_partial(config: Config) -> None:
 
 def _check_engine(config: Config, sizes: dict[str, Any]) -> None:
     rollout = config.rollout
+    if config.output.replay_rollouts:
+        return  # No engine is asked anything.
     if rollout.rollout_engine == "inprocess" and rollout.rollout_url:
         raise ConfigError("rollout_url: the in-process engine has none; set rollout_engine sglang or vllm")
     if rollout.rollout_url and not rollout.rollout_url.startswith(("http://", "https://")):

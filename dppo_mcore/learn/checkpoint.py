@@ -125,8 +125,9 @@ class Saver:
         """A failed write as one line that says which checkpoint there still is."""
         try:
             yield
-        except CheckpointException as failure:
-            reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failure.failures.items()))
+        except (CheckpointException, OSError) as failure:
+            failures = {dist.get_rank(): (failure, None)} if isinstance(failure, OSError) else failure.failures
+            reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failures.items()))
             newest = latest(self.folder)
             left = f"the newest complete one is {newest.name}" if newest else "there is no complete one"
             free = shutil.disk_usage(self.folder).free >> 20

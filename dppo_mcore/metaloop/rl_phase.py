@@ -10,7 +10,7 @@ from typing import Any
 from dppo_mcore.learn.rl import RlResult, rl_step
 from dppo_mcore.metaloop import carrying, position
 from dppo_mcore.metaloop.evaluation import evaluate
-from dppo_mcore.metaloop.rolling import Batch, dump, roll_out
+from dppo_mcore.metaloop.rolling import Batch, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake, push
 from dppo_mcore.practice import curriculum
@@ -89,10 +89,8 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch
     """This replica's groups of a step."""
     recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
     with awake(run):
-        if run.config.rollout.rollout_partial and not run.config.output.replay_rollouts:
-            batch = carrying.roll_out_step(run, phase, ids, step)
-            dump(run, f"{phase.name}/{step}", batch.groups, trains=True)
-            return batch
+        if run.config.rollout.rollout_partial:
+            return carrying.roll_out_step(run, phase, ids, step)
         return roll_out(
             run,
             ids,

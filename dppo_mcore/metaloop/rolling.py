@@ -75,7 +75,8 @@ def roll_out(
         Group(prompt, tuple(sorted(answers[name], key=lambda scored: scored.rollout.index)[:n]))
         for name, prompt in prompts.items()
     ]
-    dump(run, label, groups, trains)
+    if folder := run.config.output.dump_rollouts:
+        replay.dump(Path(folder), label, groups if trains else [_without_patches(group) for group in groups])
     seconds = {
         "time/data": decoded - began,
         "time/generate": generated - decoded,
@@ -91,13 +92,6 @@ def _replay(run: Run, label: str, recorded: Recorded, record: Callable[[list[Sco
     if record is not None and run.exchange.rank == 0:
         record([scored for scored in everyone if (scored.rollout.sample_id, scored.rollout.index) not in known])
     return Batch(groups, {})
-
-
-def dump(run: Run, label: str, groups: Sequence[Group], trains: bool) -> None:
-    """Write a batch for a replay, if asked to; decoded media only with what is trained on."""
-    folder = run.config.output.dump_rollouts
-    if folder:
-        replay.dump(Path(folder), label, groups if trains else [_without_patches(group) for group in groups])
 
 
 def _without_patches(group: Group) -> Group:

@@ -119,15 +119,16 @@ def test_every_layout_resumes_and_loads_the_others(
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_tp2_pp2_goes_on_under_other_layouts(
-    tiny_dir: str, tmp_path: Path, pool2: RankPool, pool4: RankPool
+    optimizer: str, tiny_dir: str, tmp_path: Path, pool2: RankPool, pool4: RankPool
 ) -> None:
     """The steps after loading, not only the loss right after it."""
     source = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    written = pool4.run(train_and_save, tiny_dir, source, "adam", str(tmp_path))[0]
-    alone = load_and_train(tiny_dir, ParallelConfig(), "adam", str(tmp_path))
-    others = [pool2.run(load_and_train, tiny_dir, layout, "adam", str(tmp_path))[0] for layout in (TP2, PP2)]
-    others.append(pool4.run(load_and_train, tiny_dir, TP2, "adam", str(tmp_path))[0])
+    written = pool4.run(train_and_save, tiny_dir, source, optimizer, str(tmp_path))[0]
+    alone = load_and_train(tiny_dir, ParallelConfig(), optimizer, str(tmp_path))
+    others = [pool2.run(load_and_train, tiny_dir, layout, optimizer, str(tmp_path))[0] for layout in (TP2, PP2)]
+    others.append(pool4.run(load_and_train, tiny_dir, TP2, optimizer, str(tmp_path))[0])
     for found in (alone, *others):
         check(written, found, exact=False)
         assert found[0][0] == pytest.approx(written[0][0], abs=1e-6)
