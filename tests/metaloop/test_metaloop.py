@@ -117,8 +117,14 @@ def test_two_ranks_go_through_every_phase(world: Path, tmp_path: Path, layout: d
 @pytest.mark.slow
 @pytest.mark.sglang
 def test_the_loop_runs_on_the_real_sglang(world: Path, tmp_path: Path) -> None:
-    options = {"rollout_engine": "sglang", "rollout_python": SGLANG_PYTHON, "buffer_samples": 32, "eval_samples": 8,
-               "loops": 2, "last_sft": False}
+    options = {
+        "rollout_engine": "sglang",
+        "rollout_python": SGLANG_PYTHON,
+        "buffer_samples": 32,
+        "eval_samples": 8,
+        "loops": 2,
+        "last_sft": False,
+    }
     harness.finish(harness.command(world, tmp_path / "run", **options), tmp_path / "log")
     with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
         assert all(phase.state == "done" for phase in ledger.phases())

@@ -25,16 +25,16 @@ def phases(run: Path) -> dict[str, int]:
 
 
 def go(world: Path, run: Path, **changes: Any) -> dict[str, int]:
-    harness.finish(harness.command(world, run, **{**SHORT, **changes}), run.with_suffix(".log"))
+    options = {**SHORT, "media_root": world, **changes}
+    harness.finish(harness.command(world, run, **options), run.with_suffix(".log"))
     return phases(run)
 
 
 def subset(world: Path, path: Path, rows: int, **changes: Any) -> Path:
-    """The first rows of the pool with other fields, media by absolute path."""
+    """The first rows of the pool with other fields."""
     kept = [json.loads(line) | changes for line in (world / "pool.jsonl").read_text().splitlines()[:rows]]
     for number, row in enumerate(kept):
         row["id"] = f"own-{number}"
-        row["media"] = [{**medium, "path": str(world / medium["path"])} for medium in row["media"]]
     path.write_text("\n".join(map(json.dumps, kept)))
     return path
 
@@ -63,7 +63,7 @@ def frames_seen(folder: Path) -> set[int]:
 
     def walk(value: Any) -> set[int]:
         if isinstance(value, dict):
-            own = {len(value["indices"])} if "indices" in value and "grid" in value else set()
+            own = {len(value["indices"]["tuple"])} if value.get("record") == "FramePlan" else set()
             return own.union(*map(walk, value.values()))
         return set().union(*map(walk, value)) if isinstance(value, list | tuple) else set()
 
@@ -101,6 +101,7 @@ def test_everything_mastered(world: Path, tmp_path: Path) -> None:
     assert (steps["1-1 RL"], steps["1-2 SFT"], steps["2-1 RL"]) == (0, 0, 0)
     with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
         assert ledger.phase("1-1 RL").reason.startswith("nothing left to draw")
+        assert ledger.success_rates(["1-1 buffer"]) == {f"own-{number}": (4, 4) for number in range(12)}
 
 
 @pytest.mark.parametrize("sampling", ["difficulty", "random"])
