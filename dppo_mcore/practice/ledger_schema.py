@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import IO
 
@@ -63,6 +64,7 @@ CREATE TABLE IF NOT EXISTS quarantine (
   path TEXT PRIMARY KEY, sample TEXT NOT NULL, reason TEXT NOT NULL, written_at REAL NOT NULL) WITHOUT ROWID;
 """
 
+BIRTH_S = 5.0
 NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "gpfs", "beegfs", "glusterfs", "9p", "afs", "wekafs", "panfs",
     "pvfs2", "vastnfs",
@@ -128,6 +130,18 @@ class WriterLock:
             self._file.close()
 
 
+def _first_version(connection: sqlite3.Connection) -> tuple[str] | None:
+    """The schema's version; a file that a starting run has only just made gets a few seconds to become a ledger."""
+    deadline = time.monotonic() + BIRTH_S
+    while True:
+        try:
+            return connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Connection:
     """Open the file. `kind` overrides the detected file system.
 
@@ -142,13 +156,14 @@ def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Conn
             f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=patience, isolation_level=None
         )
         try:
-            version = connection.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+            version = _first_version(connection)
         except sqlite3.OperationalError as error:
             connection.close()
-            raise LedgerError(
-                f"{path} can't be read now ({error}): on a network file system the run that writes it keeps it to "
-                "itself; wait until that ends, or keep the run folder on a local disk"
-            ) from None
+            advice = "is it a run's ledger?"
+            if "locked" in str(error):
+                advice = "on a network file system the run that writes it keeps it to itself; wait until that ends, or "
+                advice += "keep the run folder on a local disk"
+            raise LedgerError(f"{path} can't be read now ({error}): {advice}") from None
     else:
         connection = sqlite3.connect(path, timeout=60, isolation_level=None)
         if is_network(file_system(path) if kind is None else kind):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -39,7 +39,7 @@ def candidates(ledger: Ledger, phases: Collection[str], limit: int = 0, seed: in
     return spread(failed, limit, seed)
 
 
-def spread(objectives: dict[str, str], limit: int, seed: int) -> list[str]:
+def spread(objectives: Mapping[str, str], limit: int, seed: int) -> list[str]:
     """`limit` ids (0: all), taken from each objective in turn, in an order given by the seed."""
     by_objective: dict[str, list[str]] = {}
     for name in sorted(objectives, key=lambda n: sha256(f"{seed}/{n}".encode("utf-8", "surrogatepass")).digest()):

@@ -7,6 +7,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,21 @@ def test_one_writer_many_readers(ledger: Ledger) -> None:
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="no ledger at"):
         Ledger(tmp_path / "none.sqlite", write=False)
+
+
+def test_a_reader_may_come_while_the_file_is_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.sqlite"
+    sqlite3.connect(path).close()
+    path.touch()
+    maker = threading.Timer(0.3, lambda: Ledger(path).close())
+    maker.start()
+    with Ledger(path, write=False) as reader:
+        assert reader.phases() == []
+    maker.join()
+    monkeypatch.setattr(ledger_schema, "BIRTH_S", 0.1)
+    (tmp_path / "other.sqlite").touch()
+    with pytest.raises(LedgerError, match="no such table: meta.*is it a run's ledger"):
+        Ledger(tmp_path / "other.sqlite", write=False)
 
 
 def test_network_file_systems_get_a_rollback_journal_and_an_exclusive_lock(tmp_path: Path) -> None:
