@@ -253,6 +253,7 @@ class Trouble:
             return
         try:
             server, *workers = processes(self.engine)
+            workers = [pid for pid in workers if name(pid).startswith("sglang::")]
             victim = server if self.kinds[0] == "kill server" else self.dice.choice(workers)
             if self.kinds[0] == "refuse":
                 self.engine.client.sidecar.call("abort", timeout_s=10.0, rid=None)
@@ -260,12 +261,17 @@ class Trouble:
                 os.kill(victim, signal.SIGKILL)
             else:
                 os.kill(victim, signal.SIGSTOP)
-        except (EngineDied, ProcessLookupError):
+        except (EngineDied, OSError, IndexError):
             return
         if self.kinds[0] == "stop":
             threading.Timer(self.dice.uniform(0.1, 2.0), go_on, [victim]).start()
         self.done[self.kinds.pop(0)] += 1
         self.moments.pop(0)
+
+
+def name(pid: int) -> str:
+    """A process's own name: the scheduler's and the detokenizer's, not Python's helper processes'."""
+    return Path(f"/proc/{pid}/comm").read_text()
 
 
 def go_on(pid: int) -> None:
