@@ -18,11 +18,10 @@ from dppo_mcore.types import Prompt
 class Order:
     """An endless sequence of item numbers: every epoch a permutation drawn from (seed, epoch)."""
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self._epoch = lru_cache(maxsize=2)(self._draw)
         self._seed = seed
-        self._shuffle = shuffle
 
     def slots(self, start: int, count: int) -> list[int]:
         """Items at places start .. start + count of the sequence."""
@@ -31,8 +30,6 @@ class Order:
         return [int(self._epoch(place // self.size)[place % self.size]) for place in range(start, start + count)]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(self.size)
         return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self.size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,14 @@ def test_a_broken_prompt_is_quarantined_by_sample(tiny_dir: str, tmp_path: Path)
     assert source.take(Request(sample)) is None
     (damage,) = source.quarantine.entries()
     assert damage.sample_id == "sly" and "<|video_pad|>" in damage.detail
+
+
+def test_two_manifests_may_share_an_id(requests: list[Request], tiny_dir: str) -> None:
+    """Announced together, each gets its own clip and words."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=0))
+    other = replace(requests[1], sample=replace(requests[1].sample, id=requests[0].sample.id))
+    source.prefetch([requests[0], other])
+    for request in (requests[0], other):
+        prompt = source.take(request)
+        assert [media.plan.path for media in prompt.media] == [media.path for media in request.sample.media]
+    source.close()

@@ -149,7 +149,6 @@ def test_every_epoch_is_a_permutation() -> None:
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
     assert order.slots(7, 9) == whole[7:16]
-    assert Order(10, 3, shuffle=False).slots(8, 4) == [8, 9, 0, 1]
 
 
 def test_nothing_to_learn_is_no_error(tiny_dir: str) -> None:
