@@ -115,7 +115,8 @@ class Oracle:
             question = row["messages"][-1]["content"].replace("<video>", "").strip()
             by_question.setdefault(question, set()).add(answers[row["id"]])
         oracle = self
-        self.requests = 0
+        self.images: set[int] = set()
+        """How many images came with a request."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -123,8 +124,9 @@ class Oracle:
             def do_POST(self) -> None:  # noqa: N802
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
                 time.sleep(seconds)
-                oracle.requests += 1
-                text = json.loads(raw)["messages"][-1]["content"][-1]["text"].split("\n\n")[0].strip()
+                parts = json.loads(raw)["messages"][-1]["content"]
+                oracle.images.add(len(parts) - 1)
+                text = parts[-1]["text"].split("\n\n")[0].strip()
                 known = sorted(by_question[text])
                 answer = known[int(sha256(raw).hexdigest(), 16) % len(known)]
                 content = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()

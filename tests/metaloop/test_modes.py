@@ -73,17 +73,22 @@ def frames_seen(folder: Path) -> set[int]:
 def test_two_loops_then_four(world: Path, tmp_path: Path) -> None:
     """A finished run of two loops goes on to four, changing nothing of what was; a longer horizon is really seen."""
     run = tmp_path / "run"
-    lengths = {"horizons": "8 32", "dump_rollouts": tmp_path / "loops-2"}
-    command = harness.command(world, run, **{**SHORT, **lengths, "loops": 2})
+    oracle = harness.Oracle(world, seconds=0.0)
+    options = {"horizons": "8 32", "dump_rollouts": tmp_path / "loops-2", "loops": 2, "teacher_file": "",
+               "teacher_url": oracle.url, "teacher_model": "oracle"}  # fmt: skip
+    command = harness.command(world, run, **{**SHORT, **options})
     place = command.index("8 32")
     command[place : place + 1] = ["8", "32"]
     harness.finish(command, run.with_suffix(".log"))
     first, facts = phases(run), [row for row in harness.rows(run) if row[0] != "phases"]
     assert list(first)[-2:] == ["2-1 buffer", "2-1 RL"] and len(first) == 7
     assert frames_seen(tmp_path / "loops-2") == {4, 16}
+    assert oracle.images == {4}  # the teacher sees what the model saw in the loop it failed in
     command[command.index("--loops") + 1] = "4"
     harness.finish(command, run.with_suffix(".log"))
     longer = phases(run)
+    assert oracle.images == {4, 16}
+    oracle.close()
     assert list(longer)[:7] == list(first) and all(longer[name] == steps for name, steps in first.items())
     assert list(longer)[7:] == ["2-2 weakness", "2-2 SFT", "3-1 buffer", "3-1 RL", "3-2 weakness", "3-2 SFT",
                                 "4-1 buffer", "4-1 RL"]  # fmt: skip
