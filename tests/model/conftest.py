@@ -78,6 +78,12 @@ def tied_case(tiny_tied_dir: str, qwen: QwenConfig, make_case: Callable[..., Cas
 
 
 @pytest.fixture(scope="session")
+def odd_case(tiny_odd_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
+    """Tied, with padding rows in embedding and head."""
+    return make_case(tiny_odd_dir, [*mixed_rows(qwen)[:2], *group_rows(qwen)[2:]])
+
+
+@pytest.fixture(scope="session")
 def group_case(tiny_dir: str, qwen: QwenConfig, make_case: Callable[..., Case]) -> Case:
     """Groups with shared prompts."""
     return make_case(tiny_dir, group_rows(qwen))

@@ -38,6 +38,10 @@ TWO_RANKS = {
     "pp2-merger-only": (layout(1, 2), MERGER_ONLY),
     "pp2-uneven": (layout(1, 2, num_layers_in_first_pipeline_stage=3), TRAIN_ALL),
     "pp2-vpp2": (layout(1, 2, 2), TRAIN_ALL),
+    "pp2-vpp2-uneven": (
+        layout(1, 2, 2, num_layers_in_first_pipeline_stage=2, num_layers_in_last_pipeline_stage=6),
+        TRAIN_ALL,
+    ),
     "pp2-vpp2-full-recompute": (layout(1, 2, 2), FULL),
 }
 FOUR_RANKS = {
@@ -84,6 +88,11 @@ def test_four_ranks(pool4: RankPool, mixed_case: Case, name: str) -> None:
 @pytest.mark.parametrize("name", ["dp2", "tp2-sp", "pp2", "pp2-vpp2", "pp2-merger-only"])
 def test_tied(pool2: RankPool, tied_case: Case, name: str) -> None:
     check(pool2, tied_case, *TWO_RANKS[name])
+
+
+@pytest.mark.parametrize("name", ["tp4-sp", "tp2-pp2-sp"])
+def test_padded_vocabulary(pool4: RankPool, odd_case: Case, name: str) -> None:
+    check(pool4, odd_case, *FOUR_RANKS[name])
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2-sp", "tp2-selective-recompute", "pp2", "pp2-vpp2-full-recompute"])

@@ -14,6 +14,7 @@ from dppo_mcore.config import ParallelConfig
 from dppo_mcore.model.config import check_layout, load_qwen_config
 from dppo_mcore.model.safetensors_io import CheckpointError, CheckpointReader, TensorSpec, plan_files, write_checkpoint
 from dppo_mcore.model.weight_map import WeightError, WeightMap
+from dppo_mcore.model.weights import copy_side_files
 from tests.model import weights_cases as cases
 
 
@@ -52,8 +53,10 @@ def bf16_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("parallel", FOUR_RANKS, ids=name_of)
-def test_round_trip_is_bit_exact(pool4: Any, tiny_dir: str, tiny_tied_dir: str, bf16_dir: str, parallel: Any) -> None:
-    checkpoints = [(tiny_dir, "fp32"), (tiny_tied_dir, "fp32"), (bf16_dir, "bf16")]
+def test_round_trip_is_bit_exact(
+    pool4: Any, tiny_dir: str, tiny_tied_dir: str, tiny_odd_dir: str, bf16_dir: str, parallel: Any
+) -> None:
+    checkpoints = [(tiny_dir, "fp32"), (tiny_tied_dir, "fp32"), (tiny_odd_dir, "fp32"), (bf16_dir, "bf16")]
     for folder, dtype in checkpoints:
         expected = cases.folder_digests(folder)
         for found, requested, own in pool4.run(cases.round_trip, folder, parallel, dtype):
@@ -137,6 +140,19 @@ def test_a_bf16_export_says_so(single_rank: None, tiny_dir: str, tmp_path: Path)
     assert {stored.dtype for stored in CheckpointReader(out).tensors.values()} == {torch.bfloat16}
     found, _, _ = cases.round_trip(str(out), layout(), "bf16")
     assert found == cases.folder_digests(out)
+
+
+def test_a_config_without_a_type_gets_one(tiny_dir: str, tmp_path: Path) -> None:
+    """Without one SGLang would serve it in half precision."""
+    source = tmp_path / "source"
+    source.mkdir()
+    config = json.loads((Path(tiny_dir) / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    (tmp_path / "out").mkdir()
+    copy_side_files(source, tmp_path / "out", torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_export_refuses_to_overwrite(single_rank: None, tiny_dir: str, tmp_path: Path) -> None:
