@@ -1,7 +1,8 @@
 """The vocabulary head: linear_policy_loss and linear_logprob against other implementations and the cuBLAS ceiling.
 
 On CUDA the default shapes are one tensor-parallel shard of a 7B's and a 72B's head, on CPU a small one. Contenders
-that are not installed are named and skipped. `--verl FILE` gives verl's linear_cross_entropy.py.
+that are not installed are named and skipped. `--verl FILE` gives verl's linear_cross_entropy.py. "ours" is the call as
+the trainer makes it, the weight's gradient into `main_grad`; "ours, autograd" hands it to autograd.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import bench_common as bench
 import torch
 from bench_common import DEVICE
-from dppo_kernels import linear_logprob, linear_policy_loss
+from dppo_kernels import linear_logprob, linear_policy_loss, products
 from torch import Tensor
 
 CUDA_SHAPES = ("8192,3584,19008", "8192,8192,19008", "4096,3584,152064")
@@ -36,11 +37,10 @@ class Task:
     old: Tensor
     advantages: Tensor
     mask: Tensor
+    held: Tensor
+    """The same weight with a `main_grad`."""
+    rows: int
     workspace_mib: float
-
-    @property
-    def rows(self) -> int:
-        return int(self.mask.sum())
 
 
 def make_task(rows: int, width: int, vocab: int, valid: float, workspace_mib: float) -> Task:
@@ -61,8 +61,11 @@ def make_task(rows: int, width: int, vocab: int, valid: float, workspace_mib: fl
         old = linear_logprob(hidden, weight, targets)[0] + 0.1 * torch.randn(rows, device=DEVICE)
     advantages = torch.randn(rows, device=DEVICE)
     hidden.requires_grad_()
+    held = weight.detach().requires_grad_()
+    held.main_grad = torch.zeros(weight.shape, device=DEVICE)
+    held.grad_added_to_main_grad = False
     weight.requires_grad_()
-    return Task(hidden, weight, targets, old, advantages, mask, workspace_mib)
+    return Task(hidden, weight, targets, old, advantages, mask, held, int(mask.sum()), workspace_mib)
 
 
 def eager_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, wide: bool = True) -> Tensor:
@@ -81,24 +84,35 @@ def eager_policy(logprobs: Tensor, task: Task) -> Tensor:
 
 def learn(task: Task, step: Step) -> None:
     """Forward and backward, gradients thrown away."""
-    task.hidden.grad = task.weight.grad = None
+    forget(task)
     step().backward()
+
+
+def forget(task: Task) -> None:
+    """Drop the gradients of an earlier call."""
+    task.hidden.grad = task.weight.grad = task.held.grad = None
 
 
 def policy_steps(task: Task, others: dict[str, Any]) -> dict[str, Callable[[], None]]:
     """Forward and backward of the policy loss."""
     plain = (task.hidden, task.weight, task.targets)
 
-    def ours() -> Tensor:
+    def ours(weight: Tensor, **more: Any) -> Tensor:
         columns = (task.old, task.advantages, task.mask)
-        return linear_policy_loss(*plain, *columns, workspace_mib=task.workspace_mib)[0]
+        return linear_policy_loss(
+            task.hidden, weight, task.targets, *columns, workspace_mib=task.workspace_mib, valid_count=task.rows, **more
+        )[0]
+
+    def trained() -> Tensor:
+        return ours(task.held, upstream=1.0)
 
     def composed(logprob: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: eager_policy(logprob(*plain), task)
 
     steps: dict[str, Step] = {
-        "ours": ours,
-        "ours again": ours,
+        "ours": trained,
+        "ours again": trained,
+        "ours, autograd": functools.partial(ours, task.weight),
         "ours, two ops": composed(lambda *a: linear_logprob(*a, workspace_mib=task.workspace_mib)[0]),
         "torch eager": composed(eager_logprob),
     }
@@ -137,8 +151,11 @@ def other_logprobs(verl: str | None) -> dict[str, Callable[..., Tensor]]:
     except ImportError as error:
         print(f"skipped cut-cross-entropy: {error}", file=sys.stderr)
     if verl:
-        kernel = _load(Path(verl)).linear_cross_entropy
-        found["verl"] = lambda h, w, t: kernel(h, w, t, 1.0, "none")[0]
+        try:
+            kernel = _load(Path(verl)).linear_cross_entropy
+            found["verl"] = lambda h, w, t: kernel(h, w, t, 1.0, "none")[0]
+        except ImportError as error:
+            print(f"skipped verl: {error}", file=sys.stderr)
     else:
         print("skipped verl: no --verl FILE given", file=sys.stderr)
     return found
@@ -163,16 +180,22 @@ def mean_steps(task: Task) -> dict[str, Callable[[], None]]:
 
 
 def ceilings(task: Task, rounds: int) -> dict[str, float]:
-    """Milliseconds of the three products alone at the same shapes (logits, hidden's and weight's gradient)."""
+    """Milliseconds of the three products alone at the same shapes; on CUDA also those with fp32 results."""
     hidden = task.hidden.detach()[task.mask]
     weight = task.weight.detach()
     logits = hidden @ weight.t()
-    products = dict(
+    calls = dict(
         logits=lambda: torch.mm(hidden, weight.t()),
         hidden_grad=lambda: torch.mm(logits, weight),
         weight_grad=lambda: torch.mm(logits.t(), hidden),
     )
-    return {name: bench.median(times) for name, times in bench.time_all(products, rounds).items()}
+    if DEVICE == "cuda":
+        wide = torch.empty(logits.shape, device=DEVICE)
+        calls["logits in fp32"] = lambda: products.logits_into(wide, hidden, weight)
+        calls["weight_grad added in fp32"] = lambda: products.weight_grad_into(
+            task.held.main_grad, logits, hidden, add=True
+        )
+    return {name: bench.median(times) for name, times in bench.time_all(calls, rounds).items()}
 
 
 def accuracy(logprob: Callable[..., Tensor], task: Task) -> tuple[float, float]:
@@ -200,14 +223,16 @@ def run_shape(shape: str, valid: float, options: argparse.Namespace, others: dic
     result: dict[str, Any] = dict(shape=shape, valid=valid, rows=task.rows, workspace_mib=task.workspace_mib)
     tables = {}
     outputs = (task.hidden.numel() + task.weight.numel()) * 4 / 2**20
+    ran: set[str] = set()
     for name, steps, factor in (
         ("policy loss, forward and backward", policy_steps(task, others), 3),
         ("log-probs, forward only", forward_steps(task, others), 1),
         ("mean cross entropy, forward and backward", mean_steps(task), 3),
     ):
         times = bench.time_all(steps, options.rounds)
-        task.hidden.grad = task.weight.grad = None
-        floor = sum(before.values()) if factor == 3 else before["logits"]
+        forget(task)
+        ran |= set(times)
+        floor = sum(before[name] for name in ("logits", "hidden_grad", "weight_grad")[:factor])
         rows = []
         for contender, values in times.items():
             ms = bench.median(values)
@@ -222,10 +247,11 @@ def run_shape(shape: str, valid: float, options: argparse.Namespace, others: dic
                     "ours / it": bench.ratio(times["ours"], values) if "ours" in times else None,
                 }
             )
-            task.hidden.grad = task.weight.grad = None
+            forget(task)
         bench.show(f"{title}: {name}", rows)
         tables[name] = rows
     exact = {"ours": lambda *a: linear_logprob(*a)[0], "torch eager": eager_logprob} | others
+    exact = {contender: step for contender, step in exact.items() if contender in ran}
     result["logprob_error_max_mean"] = {name: accuracy(step, task) for name, step in exact.items()}
     after = ceilings(task, options.rounds)
     drift = max(abs(after[name] / before[name] - 1) for name in before)
@@ -272,7 +298,7 @@ def main() -> None:
                 "response rows": result["valid"],
                 "of ceiling, f+b": rows["ours"]["of ceiling"],
                 "of ceiling, forward": forward["ours"]["of ceiling"],
-                "peak MiB": rows["ours"]["peak MiB"],
+                "peak MiB": max(rows[name]["peak MiB"] for name in ("ours", "ours, autograd")),
                 "workspace + outputs": result["workspace_mib"] + result["outputs_mib"],
                 "ours / torch eager": rows.get("torch eager", {}).get("ours / it"),
             }

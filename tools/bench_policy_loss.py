@@ -47,11 +47,12 @@ def run(count: int, rounds: int) -> list[dict[str, Any]]:
         old + noise[2],
     )
     new = (old + noise[0]).requires_grad_()
+    upstream = torch.ones((), device=DEVICE)
 
     def step(loss: Callable[..., Tensor]) -> Callable[[], None]:
         def work() -> None:
             new.grad = None
-            loss(new, *rest).backward()
+            loss(new, *rest).backward(upstream)
 
         return work
 

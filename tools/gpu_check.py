@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -46,10 +47,11 @@ class Step:
 def steps(options: argparse.Namespace) -> list[Step]:
     """What runs, in this order: exactness first, then speed."""
     verl = ("--verl", options.verl) if options.verl else ()
+    jobs = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
     head = ("{python}", "tools/bench_head.py", "--json", "{out}/head.json", "--rounds", "12", *verl)
     return [
         Step("environment", ("nvidia-smi",), 20, needs=()),
-        Step("kernels-native", ("{python}", "tools/bare_pytest.py", *KERNEL_TESTS), 200),
+        Step("kernels-native", ("{python}", "tools/bare_pytest.py", "--jobs", jobs, *KERNEL_TESTS), 200),
         Step("head", head, 180, optional=("liger_kernel", "cut_cross_entropy")),
         Step("policy-loss", ("{python}", "tools/bench_policy_loss.py", "--json", "{out}/policy-loss.json"), 60),
         Step("advantages", ("{python}", "tools/bench_advantages.py", "--json", "{out}/advantages.json"), 40),
@@ -72,16 +74,14 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     log = out / f"{step.name}.log"
     with log.open("w") as file:
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=min(seconds, step.seconds),
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-            result = "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+            code = child.wait(timeout=min(seconds, step.seconds))
+            result = "passed" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with its own children: the next step measures alone
+            child.wait()
             result = f"stopped after {min(seconds, step.seconds):.0f} s"
         except FileNotFoundError:
             result = f"skipped: no {command[0]}"

@@ -104,7 +104,7 @@ def _demux(path: str, container: Any) -> ClipInfo:
         raise MediaError(path, errors.FRAME_COUNT, "the container holds no frame")
     alone = unseen == 0 and len(container.streams.video) == 1
     info = _timeline(path, stream, rows, _rotation(path, container, stream), alone)
-    _check_complete(path, stream, info, len(rows) + unseen)
+    _check_complete(path, stream, info)
     return info
 
 
@@ -169,12 +169,13 @@ def _is_closed(ticks: list[Any], keys: list[bool]) -> bool:
     return keys[0]
 
 
-def _check_complete(path: str, stream: Any, info: ClipInfo, packets: int) -> None:
+def _check_complete(path: str, stream: Any, info: ClipInfo) -> None:
     """A header that promises clearly more than what was found means that the file's end is missing."""
     whole = float((stream.duration or 0) * stream.time_base)
-    # An AVI counts the frames it left out too; they are no loss where the time is all there.
-    if stream.frames > packets * 1.02 + 2 and (not whole or info.duration < 0.98 * whole):
-        raise MediaError(path, errors.TRUNCATED, f"the header says {stream.frames} frames, {packets} are there")
+    count = len(info.times)
+    # Headers also count frames that an edit list cuts off or an AVI leaves out: no loss where the time is all there.
+    if stream.frames > count * 1.02 + 2 and (not whole or info.duration < 0.98 * whole):
+        raise MediaError(path, errors.TRUNCATED, f"the header says {stream.frames} frames, {count} are there")
     promised = _promised_seconds(stream)
     if promised > info.duration * 1.05 + 0.5:
         raise MediaError(path, errors.TRUNCATED, f"the header says {promised:.2f} s, {info.duration:.2f} s are there")

@@ -131,7 +131,7 @@ class PolicyLoss:
         }
         mask_R = torch.ones_like(batch.targets_R, dtype=torch.bool)
         advantages_R, old_R = columns["advantages"], columns.get("old_logprobs")
-        at_head = head.arguments() | {"temperature": self.temperature}
+        at_head = head.arguments() | {"temperature": self.temperature, "valid_count": batch.targets_R.numel()}
         if old_R is None:
             logprob_R, entropy_R = linear_logprob(hidden_RH, head.weight_VH, batch.targets_R, entropy=True, **at_head)
             old_R = logprob_R.detach()
@@ -172,7 +172,9 @@ class CrossEntropy:
         self, hidden_RH: Tensor, head: Head, batch: PackedBatch, normalizer: float
     ) -> tuple[Tensor, Statistics]:
         """Cross-entropy of the rows over the global token count."""
-        logprob_R, _ = linear_logprob(hidden_RH, head.weight_VH, batch.targets_R, **head.arguments())
+        logprob_R, _ = linear_logprob(
+            hidden_RH, head.weight_VH, batch.targets_R, valid_count=batch.targets_R.numel(), **head.arguments()
+        )
         statistics = {"nll": pair(-logprob_R.sum(), logprob_R.numel())}
         bounds = batch.cu_rows.tolist()
         values_R = -logprob_R.detach()

@@ -107,7 +107,13 @@ def logprobs(
 
     def evaluate(hidden_RH: Tensor, head: Head, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         logprob_R, entropy_R = linear_logprob(
-            hidden_RH, head.weight_VH, batch.targets_R, temperature=temperature, entropy=entropy, **head.arguments()
+            hidden_RH,
+            head.weight_VH,
+            batch.targets_R,
+            temperature=temperature,
+            entropy=entropy,
+            valid_count=batch.targets_R.numel(),
+            **head.arguments(),
         )
         rows = torch.stack([logprob_R, entropy_R]) if entropy else logprob_R
         return logprob_R.new_zeros(()), {"rows": rows}

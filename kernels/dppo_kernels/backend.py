@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +21,17 @@ def resolve(backend: str | None, tensor: Tensor, known: tuple[str, ...] = ("torc
             f"backend={backend!r} on a {tensor.device.type} tensor: set TRITON_INTERPRET=1 before the start"
         )
     return backend
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels started within go to the tensor's GPU, whichever is current; nothing elsewhere."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def aligned(values: Tensor) -> Tensor:
+    """The values contiguous and at an address of whole 16 bytes: for any other Triton compiles a second kernel."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % 16 else values
 
 
 def interpreting() -> bool:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dppo_kernels.backend import aligned, on_device_of
+
 BLOCK_B = 16
 BLOCK_J = 128
 
@@ -80,15 +82,16 @@ def triton_advantages(rewards_B: Tensor, group_ids_B: Tensor, scale: str, eps: f
         rewards_B = rewards_B.float()
     out_B = torch.empty(rewards_B.shape, dtype=rewards_B.dtype, device=rewards_B.device)
     count = rewards_B.shape[0]
-    advantages_kernel[(triton.cdiv(count, BLOCK_B),)](
-        rewards_B.contiguous(),
-        group_ids_B.contiguous(),
-        out_B,
-        count,
-        float(eps),
-        SCALE=scale,
-        BLOCK_B=BLOCK_B,
-        BLOCK_J=BLOCK_J,
-        num_warps=4,
-    )
+    with on_device_of(rewards_B):
+        advantages_kernel[(triton.cdiv(count, BLOCK_B),)](
+            aligned(rewards_B),
+            aligned(group_ids_B),
+            out_B,
+            count,
+            float(eps),
+            SCALE=scale,
+            BLOCK_B=BLOCK_B,
+            BLOCK_J=BLOCK_J,
+            num_warps=4,
+        )
     return out_B

@@ -174,7 +174,7 @@ def deliver(weight_VH: Tensor, sum_VH: Tensor, factor: Tensor | None) -> Tensor 
     """
     main_grad = getattr(weight_VH, "main_grad", None)
     if main_grad is None:
-        return (sum_VH if factor is None else sum_VH.mul_(factor)).to(weight_VH.dtype)
+        return _scaled(sum_VH, factor, weight_VH.dtype)
     if sum_VH is not main_grad:
         if factor is not None and main_grad.dtype == sum_VH.dtype:
             torch.addcmul(main_grad, sum_VH, factor.to(sum_VH.dtype), out=main_grad)
@@ -186,14 +186,32 @@ def deliver(weight_VH: Tensor, sum_VH: Tensor, factor: Tensor | None) -> Tensor 
     return torch.zeros_like(weight_VH)
 
 
+def _scaled(sum_VH: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """sum x factor in another type: one pass over the memory, in slabs where the library would make a wide copy."""
+    if factor is None:
+        return sum_VH.to(dtype)
+    if sum_VH.dtype == dtype:
+        return sum_VH.mul_(factor)
+    scaled_VH = torch.empty_like(sum_VH, dtype=dtype)
+    for rows in products.slabs(sum_VH, 1 << 24):
+        torch.mul(sum_VH[rows], factor, out=scaled_VH[rows])
+    return scaled_VH
+
+
 def accumulates_directly(weight_VH: Tensor) -> bool:
     """Whether the weight has a `main_grad` wide enough to sum into."""
     main_grad = getattr(weight_VH, "main_grad", None)
     return main_grad is not None and main_grad.dtype == products.accumulator(weight_VH.dtype)
 
 
-def valid_rows(valid_N: Tensor) -> Tensor | None:
-    """Indices of the valid rows, None when all are."""
+def valid_rows(valid_N: Tensor, count: int | None = None) -> Tensor | None:
+    """Indices of the valid rows, None when all are. With their `count` a GPU need not be waited for."""
+    if count is not None and not valid_N.is_cuda and int(valid_N.sum()) != count:
+        raise ValueError(f"valid_count={count}: {int(valid_N.sum())} of {valid_N.shape[0]} rows count")
+    if count == valid_N.shape[0]:
+        return None
+    if count is not None:
+        return torch.nonzero_static(valid_N, size=count)[:, 0]
     rows_n = valid_N.nonzero()[:, 0]
     return None if rows_n.shape[0] == valid_N.shape[0] else rows_n
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dppo_kernels.backend import interpreting
+from dppo_kernels.backend import aligned, interpreting
 from dppo_kernels.head_rows import RowStats
 from dppo_kernels.vocab import VocabShard
 
@@ -158,7 +158,7 @@ def chunk_stats(
         return stats_4C
     stats_kernel[(rows,)](
         logits_CV,
-        targets_C,
+        aligned(targets_C),
         stats_4C,
         columns,
         shard.start,
@@ -202,23 +202,27 @@ def chunk_grads(
     kept_max_C: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `head_rows.chunk_grads`, in `dtype` (under the interpreter fp32: its narrow types truncate)."""
+    """As `head_rows.chunk_grads`; bfloat16 if that is `dtype`, else fp32.
+
+    A float16 would lose gradients below 6e-8, as small as a mean over many tokens makes them; the interpreter's narrow
+    types truncate.
+    """
     rows, columns = logits_PV.shape
-    narrow = dtype is not None and dtype.itemsize == 2 and not interpreting()
+    narrow = dtype == torch.bfloat16 and not interpreting()
     pitch = logits_PV.stride(0)
     out_PV = torch.as_strided(logits_PV, (rows, pitch), (pitch, 1)).view(dtype) if narrow else logits_PV
-    unused = stats.sum_C
-    if len(unused) == 0:
+    if len(stats.sum_C) == 0:
         return out_PV[:, :columns]
-    grads_kernel[(len(unused),)](
+    sum_C = aligned(stats.sum_C)
+    grads_kernel[(len(sum_C),)](
         logits_PV,
         out_PV,
-        targets_C,
-        stats.max_C,
-        stats.sum_C,
-        stats.entropy_C,
-        unused if grad_logprob_C is None else grad_logprob_C.contiguous(),
-        unused if grad_entropy_C is None else grad_entropy_C.contiguous(),
+        aligned(targets_C),
+        aligned(stats.max_C),
+        sum_C,
+        aligned(stats.entropy_C),
+        sum_C if grad_logprob_C is None else aligned(grad_logprob_C),
+        sum_C if grad_entropy_C is None else aligned(grad_entropy_C),
         columns,
         shard.start,
         pitch,

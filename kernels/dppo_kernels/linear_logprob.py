@@ -34,6 +34,7 @@ def linear_logprob(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_mib: float = 512,
+    valid_count: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of `targets` under softmax(hidden x weight^T / temperature), and its entropy in nats if asked.
@@ -44,16 +45,19 @@ def linear_logprob(
     with the same hidden and targets, values are bit-identical on all, and hidden's gradient is already summed.
     `vocab_start` is this rank's first id, `vocab_size` the ids of the whole vocabulary (further columns are padding);
     where either is None a group exchanges its sizes. A weight with `main_grad` gets its gradient there.
-    `workspace_mib` bounds the scratch memory down to chunks of 128 rows. Backend "triton_fused" computes the forward
-    values without scratch memory, in one kernel.
+    `workspace_mib` bounds the scratch memory down to chunks of 128 rows. `valid_count` is how many rows count, for
+    callers who know: the device need not be asked. Backend "triton_fused" computes the forward values without scratch
+    memory, in one kernel.
     """
     check_inputs(hidden, weight, targets, temperature)
     name = backends.resolve(backend, hidden, ("torch", "triton", "triton_fused"))
     shard = VocabShard.of(weight, group, vocab_start, vocab_size)
     shard.check_targets(targets)
-    logprob_N, entropy_N = _LinearLogprob.apply(
-        hidden, weight, targets, shard, float(temperature), entropy, workspace_mib, name
-    )
+    rows_n = valid_rows(targets >= 0, valid_count)
+    with backends.on_device_of(hidden):
+        logprob_N, entropy_N = _LinearLogprob.apply(
+            hidden, weight, targets, rows_n, shard, float(temperature), entropy, workspace_mib, name
+        )
     return logprob_N, entropy_N if entropy else None
 
 
@@ -64,13 +68,13 @@ class _LinearLogprob(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         targets_N: Tensor,
+        rows_n: Tensor | None,
         shard: VocabShard,
         temperature: float,
         entropy: bool,
         workspace_mib: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rows_n = valid_rows(targets_N >= 0)
         head = Head(hidden_NH, weight_VH, targets_N, rows_n, shard, temperature, workspace_mib, versions(backend))
         if backend == "triton_fused":
             from dppo_kernels.linear_logprob_triton import fused_stats
@@ -112,7 +116,7 @@ class _LinearLogprob(torch.autograd.Function):
                 weight_grad,
             )
         grad_weight_VH = None if weight_grad is None else deliver(weight_VH, weight_grad.sum_VH, None)
-        return grad_hidden_NH, grad_weight_VH, None, None, None, None, None, None
+        return grad_hidden_NH, grad_weight_VH, None, None, None, None, None, None, None
 
 
 def _chunked_stats(head: Head, entropy: bool) -> RowStats:

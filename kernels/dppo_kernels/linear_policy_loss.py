@@ -65,6 +65,7 @@ def linear_policy_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     upstream: float | None = None,
+    valid_count: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, dict[str, SumCount]]:
     """`policy_loss` of `linear_logprob(hidden, weight, targets)`; arguments as for those two, results as of the first.
@@ -75,7 +76,8 @@ def linear_policy_loss(
 
     The loss can be differentiated once: its gradients are scaled in place. `upstream` is for callers who know the
     gradient that will reach this loss (1.0 where the normalizer says it all): the weight's gradient then goes straight
-    into `main_grad` during the forward pass, and the backward pass only checks the promise.
+    into `main_grad` during the forward pass, and the backward pass only checks the promise. `valid_count`: as for
+    `linear_logprob`, the rows that count.
     """
     check_inputs(hidden, weight, targets, temperature)
     options = PolicyOptions(clip_low, clip_high, dual_clip, kl_coef, kl, tis_cap, level, aggregation)
@@ -87,10 +89,11 @@ def linear_policy_loss(
     rows = policy_rows(
         old_logprobs, advantages, valid_N, ref_logprobs, rollout_logprobs, cu_seqlens, normalizer, options
     )
-    rows_n = valid_rows(valid_N)
+    rows_n = valid_rows(valid_N, valid_count)
     head = Head(hidden, weight, targets, rows_n, shard, temperature, workspace_mib, versions(name))
     rows = rows if rows_n is None else _compacted(rows, rows_n)
-    loss, sums_M, entropy = _LinearPolicyLoss.apply(hidden, weight, head, rows, options, name, upstream)
+    with backends.on_device_of(hidden):
+        loss, sums_M, entropy = _LinearPolicyLoss.apply(hidden, weight, head, rows, options, name, upstream)
     count = torch.full((), head.count, device=hidden.device)
     return loss, named_metrics(sums_M, count, options, rows, entropy)
 
@@ -133,7 +136,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             grad_loss = torch.zeros((), device=weight_VH.device)
         factor = grad_loss if ctx.upstream is None else None
         if ctx.upstream is not None:
-            expected = torch.tensor(ctx.upstream, dtype=grad_loss.dtype, device=grad_loss.device)
+            expected = torch.full_like(grad_loss, ctx.upstream)
             message = f"linear_policy_loss: the upstream gradient is not upstream={ctx.upstream} as promised"
             torch._assert_async(torch.isclose(grad_loss, expected, rtol=1e-5, atol=0.0), message)
         if grad_hidden_NH is not None and factor is not None:

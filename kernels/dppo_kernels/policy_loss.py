@@ -151,6 +151,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs_N: Tensor, rows: PolicyRows, options: PolicyOptions) -> tuple[Tensor, Tensor]:
         loss, grad_N, sums_M = torch_terms(logprobs_N, rows, options)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_N)
         ctx.dtype = logprobs_N.dtype
         ctx.mark_non_differentiable(sums_M)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dppo_kernels.backend import aligned, on_device_of
 from dppo_kernels.policy_loss import MAX_LOG_RATIO, PolicyOptions, PolicyRows
 
 BLOCK = 1024
@@ -204,14 +205,14 @@ def sequence_kernel(
                 weight *= share
             log_ratio = logprob - old
             if LEVEL:
-                log_ratio = log_ratio * 0.0 + drift / length
+                log_ratio = tl.zeros((BLOCK,), tl.float32) + drift / length
             clamped = bounded(log_ratio)
             ratio = tl.exp(clamped)
             value, slope = surrogate(log_ratio, ratio, advantage, low, high, dual, DUAL)
             if TIS:
                 weight_log = old - load_row(rollout_ptr, at, valid)
                 if LEVEL:
-                    weight_log = weight_log * 0.0 + mismatch / length
+                    weight_log = tl.zeros((BLOCK,), tl.float32) + mismatch / length
                 tis = tl.exp(bounded(weight_log))
                 tis = tl.where(tis > cap, cap, tis)
                 value *= tis
@@ -268,9 +269,17 @@ def scale_kernel(grad_ptr, out_ptr, upstream_ptr, sums_ptr, count, BLOCK: tl.con
     tl.store(out_ptr + at, (grad * factor).to(out_ptr.dtype.element_ty), mask=at < count)
 
 
+def _ticket(device: torch.device) -> Tensor:
+    """A counter at 0: one per stream, as every launch leaves it at 0; a graph being captured gets its own."""
+    if device.type != "cuda":
+        return _kept_ticket(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _kept_ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
 @functools.cache
-def _ticket(device: torch.device, stream: int) -> Tensor:
-    """A counter that every launch leaves at 0; one per stream."""
+def _kept_ticket(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
@@ -281,19 +290,19 @@ def launch(
     device, count = logprobs_n.device, logprobs_n.shape[0]
     grad_n = torch.empty(count, dtype=torch.float32, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if logprobs_n.is_cuda else 0
     by_sequence = rows.cu_rows is not None
     units = rows.cu_rows.shape[0] - 1 if rows.cu_rows is not None else triton.cdiv(count, BLOCK)
     programs = max(1, min(units, PROGRAMS))
     scratch = torch.empty(programs, SUMS, dtype=torch.float32, device=device)
     sums_16 = torch.empty(SUMS, dtype=torch.float32, device=device)
     given = isinstance(normalizer, Tensor)
-    mask_n = rows.mask_n.contiguous()
+    mask_n = aligned(rows.mask_n)
 
     def column(values_n: Tensor | None) -> Tensor:
-        return logprobs_n if values_n is None else values_n.contiguous()
+        return logprobs_n if values_n is None else aligned(values_n)
 
-    pointers = [logprobs_n.contiguous(), column(rows.old_n), column(rows.advantages_n)]
+    logprobs_n = aligned(logprobs_n)
+    pointers = [logprobs_n, column(rows.old_n), column(rows.advantages_n)]
     pointers += [mask_n.view(torch.uint8) if mask_n.dtype == torch.bool else mask_n]
     pointers += [column(rows.weights_n), column(rows.ref_n), column(rows.rollout_n)]
     pointers += [normalizer if given else loss]
@@ -317,9 +326,9 @@ def launch(
         float(options.tis_cap or 0.0),
         1.0 if normalizer is None or given else float(normalizer),
     ]
-    results = [grad_n, scratch, _ticket(device, stream), loss, sums_16]
+    results = [grad_n, scratch, _ticket(device), loss, sums_16]
     if by_sequence:
-        pointers += [rows.cu_rows.contiguous()]
+        pointers += [aligned(rows.cu_rows)]
         settings |= dict(
             LEVEL=options.level == "sequence",
             MEAN=options.aggregation == "seq-mean-token-mean",
@@ -348,8 +357,10 @@ class TritonPolicyLoss(torch.autograd.Function):
         options: PolicyOptions,
         normalizer: float | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grad_N, sums_16 = launch(logprobs_N, rows, options, normalizer)
+        with on_device_of(logprobs_N):
+            loss, grad_N, sums_16 = launch(logprobs_N, rows, options, normalizer)
         sums_M, count = sums_16[3:9], sums_16[1]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_N, sums_16)
         ctx.dtype = logprobs_N.dtype
         ctx.mark_non_differentiable(sums_M, count)

@@ -28,7 +28,7 @@ def logits_into(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
         torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     else:
         wide_CH = hidden_CH.to(out_CV.dtype)
-        for rows in _slabs(weight_VH):
+        for rows in slabs(weight_VH):
             torch.mm(wide_CH, weight_VH[rows].to(out_CV.dtype).t(), out=out_CV[:, rows])
 
 
@@ -40,7 +40,7 @@ def hidden_grad_into(out_CH: Tensor, dlogits_CV: Tensor, weight_VH: Tensor) -> N
         torch.mm(dlogits_CV, weight_VH, out_dtype=out_CH.dtype, out=out_CH)
     else:
         out_CH.zero_()
-        for rows in _slabs(weight_VH):
+        for rows in slabs(weight_VH):
             out_CH.addmm_(dlogits_CV[:, rows].to(out_CH.dtype), weight_VH[rows].to(out_CH.dtype))
 
 
@@ -57,11 +57,11 @@ def weight_grad_into(sum_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor, add:
         elif _accumulates_in_place(sum_VH.device, hidden_CH.dtype):
             torch.addmm(sum_VH, dlogits_CV.t(), hidden_CH, out_dtype=sum_VH.dtype, out=sum_VH)
         else:
-            for rows in _slabs(sum_VH, 1 << 25):
+            for rows in slabs(sum_VH, 1 << 25):
                 sum_VH[rows] += torch.mm(dlogits_CV[:, rows].t(), hidden_CH, out_dtype=sum_VH.dtype)
     else:
         wide_CH = hidden_CH.to(sum_VH.dtype)
-        for rows in _slabs(sum_VH):
+        for rows in slabs(sum_VH):
             part_CV = dlogits_CV[:, rows].to(sum_VH.dtype)
             if add:
                 sum_VH[rows].addmm_(part_CV.t(), wide_CH)
@@ -74,7 +74,8 @@ def _mixed(left: Tensor, right: Tensor) -> bool:
     return left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
 
 
-def _slabs(weight_VH: Tensor, elements: int = SLAB_ELEMENTS) -> list[slice]:
+def slabs(weight_VH: Tensor, elements: int = SLAB_ELEMENTS) -> list[slice]:
+    """Rows of a weight in parts of about so many elements."""
     rows = max(16, elements // max(1, weight_VH.shape[1]))
     return [slice(a, min(a + rows, weight_VH.shape[0])) for a in range(0, weight_VH.shape[0], rows)]
 

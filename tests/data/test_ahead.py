@@ -107,7 +107,7 @@ def test_two_manifests_may_share_an_id(requests: list[Request], tiny_dir: str) -
     source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=0))
     other = replace(requests[1], sample=replace(requests[1].sample, id=requests[0].sample.id))
     source.prefetch([requests[0], other])
-    for request in (requests[0], other):
+    for request in (other, requests[0]):
         prompt = source.take(request)
         assert [media.plan.path for media in prompt.media] == [media.path for media in request.sample.media]
     source.close()

@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from dppo_kernels import linear_logprob
+from dppo_kernels import head_rows, head_rows_triton, linear_logprob
+from dppo_kernels.vocab import VocabShard
 
 from tests.kernels import oracle
 from tests.kernels.oracle import DEVICE, head_case, relative, worst
@@ -160,6 +161,23 @@ def test_infinitely_unlikely_columns(backend: str) -> None:
     assert worst(found, right) <= 1e-5
 
 
+@pytest.mark.parametrize("versions", [head_rows, head_rows_triton])
+def test_a_shard_without_a_finite_logit(versions) -> None:
+    logits = torch.randn(5, 60, generator=torch.Generator().manual_seed(0)).to(DEVICE) - 50.0
+    targets = torch.tensor([0, 7, 13, 29, 2], device=DEVICE)
+    logps = torch.log_softmax(logits[:, :30].double(), 1)
+    logits[:, 30:] = float("-inf")
+    halves = [(VocabShard(first, 30, 60), logits[:, first : first + 30].clone()) for first in (0, 30)]
+    for order in (halves, halves[::-1]):
+        parts = [versions.chunk_stats(part.clone(), targets, shard, 1.0, True, False) for shard, part in order]
+        stats = versions.combine(torch.stack(parts))
+        assert worst(stats.logprob_C, logps.gather(1, targets[:, None])[:, 0]) <= LOGPROB_BAR
+        assert worst(stats.entropy_C, -(logps.exp() * logps).sum(1)) <= LOGPROB_BAR
+    shard, gone = halves[1]
+    ones = torch.ones(5, device=DEVICE)
+    assert (versions.chunk_grads(gone, targets, shard, 1.0, stats, ones, ones) == 0).all()
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_targets_outside_the_vocabulary(backend: str) -> None:
     hidden, weight, targets = head_case(10, 16, 50, masked=0.0)
@@ -235,8 +253,9 @@ def test_layouts_of_the_inputs(backend: str, masked: float) -> None:
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_inputs_are_not_written(backend: str) -> None:
-    inputs = head_case(60, 16, 97)
+@pytest.mark.parametrize("rows, masked", [(60, 0.2), (128, 0.0)])
+def test_inputs_are_not_written(backend: str, rows: int, masked: float) -> None:
+    inputs = head_case(rows, 16, 97, masked=masked)
     before = [value.clone() for value in inputs]
     hidden, weight = (value.requires_grad_() for value in inputs[:2])
     value, entropy = linear_logprob(hidden, weight, inputs[2], entropy=True, temperature=0.7, backend=backend)
@@ -269,6 +288,30 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: str, vocab: int) -> No
                 assert worst(found, expected) <= LOGPROB_BAR
             else:
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ("triton", "triton_fused"))
+def test_a_row_does_not_depend_on_their_number_at_production_sizes(backend: str) -> None:
+    if DEVICE != "cuda":
+        pytest.skip("which product cuBLAS picks can only be seen on a CUDA device")
+    hidden, weight, targets = head_case(5000, 3584, 19008, dtype=torch.bfloat16, masked=0.0)
+    whole = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)
+    for count in (1, 64, 1000, 4097):
+        part = linear_logprob(hidden[:count], weight, targets[:count], entropy=True, backend=backend)
+        for found, expected in zip(part, whole, strict=True):
+            assert torch.equal(found, expected[:count]), count
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_a_known_count_of_rows_changes_nothing(backend: str, masked: float) -> None:
+    hidden, weight, targets = head_case(40, 16, 97, masked=masked)
+    valid = int((targets >= 0).sum())
+    base, _ = linear_logprob(hidden, weight, targets, backend=backend)
+    assert torch.equal(linear_logprob(hidden, weight, targets, valid_count=valid, backend=backend)[0], base)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=f"valid_count=3: {valid} of 40 rows"):
+            linear_logprob(hidden, weight, targets, valid_count=3, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ALL)

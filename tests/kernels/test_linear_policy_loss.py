@@ -215,3 +215,7 @@ def test_narrow_weights(backend: str) -> None:
     assert loss.item() == pytest.approx(right.item(), abs=1e-5)
     assert relative(hidden.grad, wide[0].grad) <= 2.8e-3
     assert relative(weight.main_grad, wide[1].grad) <= 2.2e-3
+    plain = data["weight"].clone().requires_grad_()
+    loss, _ = linear_policy_loss(data["hidden"], plain, *rest, cu_seqlens=bounds, temperature=0.9, backend=backend)
+    (loss * -2.0).backward()
+    assert plain.grad.dtype == torch.bfloat16 and relative(plain.grad, -2.0 * wide[1].grad) <= 2.8e-3

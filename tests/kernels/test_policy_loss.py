@@ -99,6 +99,7 @@ def test_huge_log_ratios_stay_finite(backend: str, level: str) -> None:
     loss, grad = single(backend, -200.0, 0.0, 1.0, **options)
     assert abs(loss) < 1e-8 and grad == 0.0
     assert single(backend, -200.0, 0.0, -1.0, **options) == (pytest.approx(0.8), 0.0)
+    assert single(backend, float("-inf"), 0.0, -1.0, **options) == (pytest.approx(0.8), 0.0)
     loss, grad = single(backend, 200.0, 0.0, -1.0, dual_clip=3.0, **options)
     assert (loss, grad) == (3.0, 0.0)
     assert single(backend, 20.0, 0.0, -1.0, **options)[1] > 1e8
