@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -44,6 +45,11 @@ class HttpServer:
             return False
 
 
+def _die_with_parent() -> None:
+    """A server must not outlive a test run that is killed (prctl 1 is PR_SET_PDEATHSIG); its workers follow it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def launch(model: str, log: Path, *extra: str, dtype: str = "float32", timeout_s: float = 240.0) -> HttpServer:
     """Start a server on loopback and wait until it is ready; its process group is its own."""
     port = free_port()
@@ -64,8 +70,9 @@ def launch(model: str, log: Path, *extra: str, dtype: str = "float32", timeout_s
     command += ["--skip-server-warmup", "--chat-template", "qwen2-vl", *extra]
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
-        )
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
     server = HttpServer(process, f"http://127.0.0.1:{port}", log)
     deadline = time.monotonic() + timeout_s
     while not server.alive:
