@@ -39,6 +39,7 @@ def engine_options(config: Config, device: str, seed: int) -> dict[str, Any]:
         "mem_fraction_static": rollout.engine_memory_fraction,
         "random_seed": seed,
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # else each engine keeps a core busy while the trainer needs them
         "log_level": "warning",
         "host": "127.0.0.1",
         "weight_version": "-1",

@@ -67,7 +67,7 @@ def launch(model: str, log: Path, *extra: str, dtype: str = "float32", timeout_s
     command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--mem-fraction-static", "0.1", "--max-total-tokens", "4096"]
     command += ["--max-running-requests", "8", "--disable-overlap-schedule", "--disable-cuda-graph"]
-    command += ["--skip-server-warmup", "--chat-template", "qwen2-vl", *extra]
+    command += ["--skip-server-warmup", "--sleep-on-idle", "--chat-template", "qwen2-vl", *extra]
     with open(log, "wb") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
