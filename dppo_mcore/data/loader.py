@@ -38,6 +38,7 @@ def divide(source: PromptSource, requests: Sequence[Request], ranks: int, equal:
 
     Only plans are made, nothing is decoded. Damaged samples are in nobody's part.
     """
+    source.plan_ahead(requests)
     plans = [source.plan(request) for request in requests]
     usable = [number for number, plan in enumerate(plans) if plan is not None]
     qwen = source.processor.qwen
@@ -50,8 +51,9 @@ class Batches:
 
     What comes next depends on seed and `step` only: a run that was killed goes on by starting at its step. `request`
     makes conversation number i; `share` picks this replica's part of a step's requests, the same way on all ranks, and
-    is called for every step in order. The step after the one asked for is decoded meanwhile. Damaged samples are left
-    out (and are in the source's quarantine): a batch is smaller by them.
+    is called for every step in order; `plans` says that it plans on this rank. The step after the one asked for is
+    decoded meanwhile, and the one after that is planned. Damaged samples are left out (and are in the source's
+    quarantine): a batch is smaller by them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Batches:
         batch_size: int,
         seed: int,
         share: Callable[[Sequence[Request]], Sequence[Request]] = list,
+        plans: bool = False,
         step: int = 0,
         steps: int | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class Batches:
         self._request = request
         self._batch_size = batch_size
         self._share = share
+        self._plans = plans
         self._steps = steps
         self._order = Order(size, seed)
         self.step = step
@@ -81,15 +85,17 @@ class Batches:
     def __next__(self) -> list[Prompt]:
         if self._over(self.step):
             raise StopIteration
-        mine = self._requests(self.step) if self._upcoming is None else self._upcoming
+        mine = self._share(self._requests(self.step)) if self._upcoming is None else self._upcoming
         self.step += 1
-        self._upcoming = () if self._over(self.step) else self._requests(self.step)
+        self._upcoming = () if self._over(self.step) else self._share(self._requests(self.step))
         self._source.prefetch([*mine, *self._upcoming])
+        if self._plans and not self._over(self.step + 1):
+            self._source.plan_ahead(self._requests(self.step + 1))
         return [prompt for request in mine if (prompt := self._source.take(request)) is not None]
 
     def _over(self, step: int) -> bool:
         return self._steps is not None and step >= self._steps
 
-    def _requests(self, step: int) -> Sequence[Request]:
+    def _requests(self, step: int) -> list[Request]:
         places = self._order.slots(step * self._batch_size, self._batch_size)
-        return self._share([self._request(place) for place in places])
+        return [self._request(place) for place in places]

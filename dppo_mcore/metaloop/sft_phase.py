@@ -52,6 +52,7 @@ def learn(
         size,
         shuffle_seed,
         share=lambda requests: my_share(run, requests),
+        plans=run.exchange.replicas > 1 and run.exchange.rank == 0,
         step=done,
         steps=steps,
     )

@@ -151,6 +151,16 @@ def test_frames_that_an_edit_list_cuts_off(codec: str, tmp_path: Path) -> None:
         assert [read_number(frame_CHW) for frame_CHW in frames_TCHW] == [index + 4 for index in plan.indices]
 
 
+def test_a_clip_that_ends_between_two_frames_is_truncated(tmp_path: Path) -> None:
+    """No packet is incomplete, but a third of what the header promises is not there."""
+    path = write_clip(tmp_path / "whole.mp4", "mpeg4", streaming=True)
+    with av.open(str(path)) as container:
+        end = next(packet.pos for number, packet in enumerate(container.demux(video=0)) if number == 26)
+    (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:end])
+    with pytest.raises(MediaError, match="truncated .the header says 40 frames, 26 are there"):
+        probe(str(tmp_path / "cut.mp4"))
+
+
 PIXELS = [("h264", "yuv420p10le"), ("hevc", "yuv420p10le"), ("vp9", "yuva420p"), ("h264", "gray"), ("h264", "yuv422p")]
 
 

@@ -117,6 +117,30 @@ def test_the_next_batch_is_decoded_meanwhile(requests: list[Request], tiny_dir: 
     source.close()
 
 
+def test_shares_are_planned_ahead(requests: list[Request], tiny_dir: str) -> None:
+    """A rank that divides finds the plans made by its workers, and divides as it would have without them."""
+    source, alone = (PromptSource(tiny_dir, DataConfig(data_workers=n, media_cache_mib=0)) for n in (1, 0))
+    asked: list[list[str]] = []
+
+    def share(whole: Sequence[Request]) -> list[Request]:
+        asked.append([request.sample.id for request in whole if request.key in source._plans])
+        parts = divide(source, whole, 2)
+        assert parts == divide(alone, whole, 2)
+        return [whole[at] for at in parts[0]]
+
+    batches = make_batches(source, requests, share=share, plans=True, steps=4)
+    assert len(list(batches)) == 4 and not source._plans
+    known = set()
+    for step, found in enumerate(asked):
+        wanted = [requests[item] for item in Order(40, 11).slots(step * BATCH, BATCH)]
+        new = [request.sample.id for request in wanted if request.sample.media not in known]
+        assert set(found) == (
+            set(new) - {damaged.sample_id for damaged in source.quarantine.entries()} if step > 1 else set()
+        )
+        known |= {request.sample.media for request in wanted}
+    source.close()
+
+
 def test_replicas_share_a_batch_without_overlap(requests: list[Request], tiny_dir: str) -> None:
     """Every usable sample of a global batch is in exactly one part; all replicas agree without talking."""
     source = PromptSource(tiny_dir, DataConfig(data_workers=0))
