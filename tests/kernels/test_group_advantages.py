@@ -54,7 +54,7 @@ def test_small_differences_around_a_large_mean(backend: str, dtype: torch.dtype)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", ["std", "none", "batch"])
 def test_constant_groups_are_exactly_zero(backend: str, scale: str) -> None:
-    sizes = torch.arange(2, 60)
+    sizes = torch.arange(2, 20)
     for dtype in (torch.float32, torch.float64):  # ten times 0.1 is not 1 in fp64, nor is a tenth of it always 0.1
         values = (torch.arange(len(sizes), dtype=torch.float64) * 0.7 + 0.1).to(dtype)
         rewards = torch.cat([values.repeat_interleave(sizes), torch.tensor([1.0, 2.0], dtype=dtype)]).to(DEVICE)
