@@ -58,6 +58,17 @@ def test_ctrl_c_ends_a_rank_that_waits_in_a_collective(tmp_path: Path) -> None:
     assert output.count("interrupted") == 1 and "] Traceback (most" not in output, output
 
 
+def test_a_rank_asked_to_stop_exits_with_0(tmp_path: Path) -> None:
+    """The ranks are asked themselves: torchrun, which has a code of its own on a signal, then passes theirs on."""
+    job = launch("wait", tmp_path)
+    wait_for(tmp_path, ["up-0", "up-1"])
+    for rank in psutil.Process(job.pid).children():
+        if "RANK" in rank.environ():
+            rank.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0 and (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists(), output
+
+
 def test_sigterm_lets_every_rank_save_and_says_how_to_resume(tmp_path: Path) -> None:
     job = launch("wait", tmp_path)
     wait_for(tmp_path, ["up-0", "up-1"])
