@@ -118,6 +118,8 @@ class DataConfig:
     """Which part of a clip longer than the horizon is used. [ours]"""
     max_tokens_per_micro_batch: int = 16384
     """Token budget of a packed row; a shared-prompt group is never split beyond its responses."""
+    max_conversation_tokens: int | None = None
+    """Longest conversation that SFT learns; a longer one is cut at its end, and a medium the cut meets is left out."""
     micro_batch_size: int | None = None
     """Groups (RL) or conversations (SFT) per micro-batch; None packs to the token budget."""
     share_prompts: bool = True

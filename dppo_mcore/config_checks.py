@@ -42,8 +42,8 @@ SHARES = (
     "mix_general",
 )  # fmt: skip
 MAY_BE_NONE = (
-    "micro_batch_size", "sft_max_steps", "tis_cap", "dual_clip", "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "micro_batch_size", "max_conversation_tokens", "sft_max_steps", "tis_cap", "dual_clip",
+    "virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
 )  # fmt: skip
 """Above 0 where they are given."""
 FILES = (

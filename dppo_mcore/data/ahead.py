@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data import errors
+from dppo_mcore.data.cache import PlanCache
 from dppo_mcore.data.errors import DataError, MediaError
 from dppo_mcore.data.frames import plan_key
 from dppo_mcore.data.messages import Answer, Request, Setup, Task, read_message, read_pixels, write_message
@@ -32,6 +33,8 @@ from dppo_mcore.types import Prompt, PromptMedia
 # A clip that takes longer than this has hung its decoder.
 TASK_SECONDS = 300.0
 KILL_WAIT_SECONDS = 10.0
+PLANNED_TOKENS = 1 << 20
+"""Tokens of planned prompts kept for when they come again: some 40 MB."""
 
 
 class PromptSource:
@@ -53,6 +56,7 @@ class PromptSource:
         self.counts: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self._ahead = max(data.decode_ahead, 1)
+        self._planned = PlanCache(PLANNED_TOKENS)
         self._backlog: OrderedDict[Hashable, Request] = OrderedDict()
         self._pending: OrderedDict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = OrderedDict()
         self._plans: dict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = {}
@@ -120,13 +124,12 @@ class PromptSource:
             return None
         if future is None:
             try:
-                return plan_request(self.processor, request)
+                return self._plan_here(request)
             except DataError as error:
                 self._damaged(request, error)
                 return None
         answer, _, _ = self._wait(future)
-        prompt = self._accept(request, answer)
-        return prompt
+        return self._accept(request, answer)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start: clips by backend, refusals, quarantined samples, cache hits, seconds waited."""
@@ -165,7 +168,7 @@ class PromptSource:
         began = time.perf_counter()
         cached = self._pool is not None
         try:
-            prompt = self.processor.load(plan_request(self.processor, request))
+            prompt = self.processor.load(self._plan_here(request))
         except DataError as error:
             self._damaged(request, error)
             return None
@@ -174,6 +177,16 @@ class PromptSource:
         else:
             self.wait_seconds += time.perf_counter() - began
         return prompt
+
+    def _plan_here(self, request: Request) -> Prompt:
+        prompt = self._planned.get(request.key)
+        if prompt is None:
+            return self._keep(request, plan_request(self.processor, request))
+        return replace(prompt, sample=request.sample)
+
+    def _keep(self, request: Request, prompt: Prompt) -> Prompt:
+        self._planned.put(request.key, replace(prompt, sample=_light(request).sample))
+        return replace(prompt, sample=request.sample)
 
     def _wait(self, future: Future[Any]) -> Any:
         began = time.perf_counter()
@@ -201,7 +214,7 @@ class PromptSource:
         assert answer.prompt is not None
         for media, planned in zip(request.sample.media, answer.prompt.media, strict=True):
             self.processor.remember(media, request.horizon, planned.plan)
-        return replace(answer.prompt, sample=request.sample)
+        return self._keep(request, answer.prompt)
 
     def _damaged(self, request: Request, error: DataError) -> None:
         self.quarantine.add(request.sample.id, error)

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
+HOME_SLACK = 0.02
+"""How much more the most loaded rank may have for the sake of homes."""
 
-def balance(costs: Sequence[float], ranks: int, equal: bool = False) -> list[list[int]]:
+
+def balance(costs: Sequence[float], ranks: int, homes: Sequence[int] | None = None) -> list[list[int]]:
     """Item numbers per rank, largest item first to the least loaded rank; the same on every rank.
 
-    With `equal` every rank gets as many items (as far as that divides), which engines like. Items of a rank stand in
-    their original order.
+    `homes[item]` is the rank that an item goes to where the loads allow it: what comes again then meets its own traces.
+    Items of a rank stand in their original order.
     """
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")
-    share, over = divmod(len(costs), ranks)
-    limit = share + (over > 0) if equal else len(costs)
+    plain, most = _fill(costs, ranks, None)
+    if homes is None:
+        return plain
+    homely, load = _fill(costs, ranks, homes)
+    return homely if load <= (1 + HOME_SLACK) * most else plain
+
+
+def _fill(costs: Sequence[float], ranks: int, homes: Sequence[int] | None) -> tuple[list[list[int]], float]:
+    """The parts and the largest load."""
     parts: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0.0, rank) for rank in range(ranks)]
+    loads = [0.0] * ranks
+    limit = (1 + HOME_SLACK) * sum(costs) / ranks
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        load, rank = heapq.heappop(loads)
+        rank = min(range(ranks), key=loads.__getitem__)
+        if homes is not None and loads[homes[item]] + costs[item] <= limit:
+            rank = homes[item]
         parts[rank].append(item)
-        if len(parts[rank]) < limit:
-            heapq.heappush(loads, (load + costs[item], rank))
-        elif equal and limit > share:
-            over -= 1
-            if not over:
-                limit = share
-                loads = [entry for entry in loads if len(parts[entry[1]]) < limit]
-                heapq.heapify(loads)
-    return [sorted(part) for part in parts]
+        loads[rank] += costs[item]
+    return [sorted(part) for part in parts], max(loads)
 
 
 def imbalance(costs: Sequence[float], parts: Sequence[Sequence[int]]) -> float:

@@ -46,21 +46,20 @@ def pack_groups(
     *,
     indices: Sequence[Sequence[int]] | None = None,
     max_groups: int | None = None,
-    num_batches: int | None = None,
 ) -> list[PackedBatch]:
     """Pack RL groups. `answers[p][g]` are the token ids of answer g to prompt p, ending as they were sampled.
 
     `columns[name][p][g]` is a number for the whole answer or one per token. With `share` a prompt is laid out once
     for its answers; a group beyond `max_tokens` is split over rows, its prompt repeated. A single answer that is
     still too long gets a row of its own. `indices` are the answers' numbers within their groups where some are left
-    out. `max_groups` bounds the prompts of a row; `num_batches` asks for at least that many rows (empty ones fill up).
+    out. `max_groups` bounds the prompts of a row.
     """
     units = []
     for number, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
         if any(not answer for answer in group):
             raise DataError(f"sample {prompt.sample.id}: an answer without tokens cannot be packed")
         units += _group_units(number, prompt, [len(answer) for answer in group], qwen, max_tokens, share)
-    rows = _fill(units, max_tokens, max_groups, num_batches)
+    rows = _fill(units, max_tokens, max_groups)
     positions = [_positions(prompt, qwen) for prompt in prompts]
     packed = []
     for row in rows:
@@ -84,7 +83,6 @@ def pack_conversations(
     columns: Mapping[str, Sequence[Column]] | None = None,
     *,
     max_groups: int | None = None,
-    num_batches: int | None = None,
 ) -> list[PackedBatch]:
     """Pack conversations with loss masks, one segment each; every learnt token has a row at the token before it.
 
@@ -96,7 +94,7 @@ def pack_conversations(
             raise DataError(f"sample {prompt.sample.id}: has no token to learn; make it with Processor.conversation")
         units.append(_Unit(number, (), len(prompt.token_ids), sequence_cost(prompt, len(prompt.token_ids), qwen)))
     packed = []
-    for row in _fill(units, max_tokens, max_groups, num_batches):
+    for row in _fill(units, max_tokens, max_groups):
         builder = _Row()
         for unit in row:
             prompt = prompts[unit.prompt]
@@ -164,7 +162,7 @@ def _group_units(
     return units
 
 
-def _fill(units: list[_Unit], max_tokens: int, max_groups: int | None, num_batches: int | None) -> list[list[_Unit]]:
+def _fill(units: list[_Unit], max_tokens: int, max_groups: int | None) -> list[list[_Unit]]:
     """Rows within the token budget: first fit by falling length, then evened out by cost over as many rows."""
     rows: list[list[_Unit]] = []
     room: list[int] = []
@@ -181,13 +179,10 @@ def _fill(units: list[_Unit], max_tokens: int, max_groups: int | None, num_batch
             at = len(rows) - 1
         rows[at].append(unit)
         room[at] -= unit.tokens
-    wanted = max(len(rows), num_batches or 0)
-    even = (
-        [[units[number] for number in part] for part in balance([unit.cost for unit in units], wanted)] if units else []
-    )
-    if all(_allowed(row, max_tokens, max_groups) for row in even):
+    parts = balance([unit.cost for unit in units], max(len(rows), 1))
+    even = [[units[number] for number in part] for part in parts]
+    if units and all(_allowed(row, max_tokens, max_groups) for row in even):
         rows = even
-    rows += [[] for _ in range(wanted - len(rows))]
     return [sorted(row, key=lambda unit: (unit.prompt, unit.answers)) for row in rows]
 
 

@@ -58,7 +58,9 @@ class Processor:
         if answer is None:
             raise DataError(f"sample {sample.id}: has no answer to learn")
         ids, learnt = self.chat.render(sample, answer)
-        return self._expand(sample, ids, learnt, horizon)
+        prompt = self._expand(sample, ids, learnt, horizon)
+        limit = self.data.max_conversation_tokens
+        return prompt if limit is None else truncate(prompt, limit, self)
 
     def load(self, prompt: Prompt) -> Prompt:
         """The same prompt with its patches, float32 [t*h*w, values]."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dppo_mcore.learn.rl import Group
-from dppo_mcore.metaloop.rolling import Batch, load_prompts, runs_of, score_all
+from dppo_mcore.metaloop.rolling import Batch, announce, load_prompts, runs_of, score_all
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.practice.ledger import PhasePlan
 from dppo_mcore.rollout.answers import as_prefix
@@ -61,7 +61,7 @@ def step_tokens(run: Run) -> int:
     return rollout.rollout_step_tokens or max(1, rollout.max_response_tokens // 4)
 
 
-def roll_out_step(run: Run, phase: PhasePlan, ids: Sequence[str], step: int) -> Batch:
+def roll_out_step(run: Run, phase: PhasePlan, ids: Sequence[str], upcoming: Sequence[str], step: int) -> Batch:
     """The replica's share of the groups that become whole in this step; the phase's last step finishes them all.
 
     A drawn sample whose group is still open isn't begun a second time. Collective over all ranks.
@@ -75,6 +75,7 @@ def roll_out_step(run: Run, phase: PhasePlan, ids: Sequence[str], step: int) -> 
     empty = dict.fromkeys(range(run.config.rl.group_size), NOTHING)
     going |= {name: OpenGroup(name, step, (), empty) for name in ids if name not in going}
     prompts = load_prompts(run, list(going), "rl", phase.horizon)
+    announce(run, [*going, *upcoming], "rl", phase.horizon)
     decoded = time.perf_counter()
     new_tokens = None if step + 1 == run.config.practice.rl_max_steps else step_tokens(run)
     requests = [

@@ -44,6 +44,7 @@ def measure(run: Run, phase: PhasePlan, ids: list[str], n: int) -> None:
                 label=f"{phase.name}/{number}",
                 recorded=recorded,
                 record=lambda new, number=number: run.ledger.record_rollouts(phase.name, number, new),
+                upcoming=ids[start + CHUNK : start + CHUNK + run.config.data.decode_ahead],
             )
             position.stop_if_asked(run)
     run.say(f"{phase.name}: {len(ids)} samples x {n} answers in {time.monotonic() - began:.0f} s")

@@ -37,11 +37,11 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
     reason = verdict.reason
     while not verdict.stop:
         began = time.perf_counter()
-        ids = run.exchange.from_rank0(lambda: draw.draw(config.rl.prompts_per_step) if draw else [])
+        ids, upcoming = run.exchange.from_rank0(lambda: _drawn(draw, config.rl.prompts_per_step))
         if not ids:
             reason = "nothing left to draw: every sample of the buffer is mastered"
             break
-        batch = _step_groups(run, phase, ids, step)
+        batch = _step_groups(run, phase, ids, upcoming, step)
         result = rl_step(run.learner, batch.groups)
         step, run.step = step + 1, run.step + 1
         push(run)
@@ -53,6 +53,7 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
             score = position.score_of(run, evaluate(run, phase.name, step))
         if not verdict.stop:
             position.save_if_due(run, phase.name, step, score)
+    run.source.reset()  # the step announced last doesn't come
     if run.exchange.rank == 0:
         numbers = stagnation.verdict().numbers() if stagnation and step else {}
         run.ledger.decide(phase.name, step, "stagnation", numbers, reason)
@@ -85,12 +86,18 @@ def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Sta
     return draw, stagnation
 
 
-def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch:
+def _drawn(draw: Draw | None, prompts: int) -> tuple[list[str], list[str]]:
+    """A step's ids, and those that the next step will draw unless this one's answers change it."""
+    assert draw is not None
+    return draw.draw(prompts), draw.peek(prompts)
+
+
+def _step_groups(run: Run, phase: PhasePlan, ids: list[str], upcoming: list[str], step: int) -> Batch:
     """This replica's groups of a step."""
     recorded = run.exchange.from_rank0(lambda: run.ledger.rollouts(phase.name, step))
     with awake(run):
         if run.config.rollout.rollout_partial:
-            return carrying.roll_out_step(run, phase, ids, step)
+            return carrying.roll_out_step(run, phase, ids, upcoming, step)
         return roll_out(
             run,
             ids,
@@ -101,6 +108,7 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], step: int) -> Batch
             recorded=recorded,
             record=lambda new: run.ledger.record_rollouts(phase.name, step, new),
             trains=True,
+            upcoming=upcoming,
         )
 
 

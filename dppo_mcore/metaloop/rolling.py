@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dppo_mcore.data.errors import DataError
-from dppo_mcore.data.loader import divide
+from dppo_mcore.data.loader import divide, home_of
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn import replay
 from dppo_mcore.learn.rl import Group
@@ -41,18 +41,21 @@ def roll_out(
     recorded: Recorded | None = None,
     record: Callable[[list[ScoredRollout]], None] | None = None,
     trains: bool = False,
+    upcoming: Sequence[str] = (),
 ) -> Batch:
     """`n` scored answers for each of this replica's share of `ids`. Collective over all ranks.
 
     `label` makes the seeds of this batch its own. `recorded` (equal on all ranks) holds answers that exist already;
     `record` is called on rank 0 with all new ones before anything is trained on. With `--dump-rollouts` the groups are
     written under their label, decoded media only where the batch `trains`; with `--replay-rollouts` they are read.
+    `upcoming` is what the next batch probably asks for; it's decoded while this one is generated.
     """
     recorded = recorded or {}
     if run.config.output.replay_rollouts:
         return _replay(run, label, recorded, record)
     began = time.perf_counter()
     prompts = load_prompts(run, ids, pool, horizon)
+    announce(run, upcoming, pool, horizon)
     decoded = time.perf_counter()
     requests = [
         GenerationRequest(name, prompt, count, first_index=first, seed=run.config.run.seed_of(label))
@@ -130,6 +133,18 @@ def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None)
             continue
         found[request.sample.id] = prompt
     return found
+
+
+def announce(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> None:
+    """Start decoding what will probably be asked for next, as far as it will probably be this replica's."""
+    if not run.config.data.data_workers:
+        return
+    replica, replicas = run.exchange.replica, run.exchange.replicas
+    requests = [Request(run.sample(pool, name), horizon) for name in ids]
+    run.source.reset()
+    run.source.prefetch(request for request in requests if home_of(request, replicas) == replica)
+    if replicas > 1 and run.exchange.rank == 0:
+        run.source.plan_ahead(requests)
 
 
 def my_share(run: Run, requests: Sequence[Request]) -> list[Request]:

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -171,6 +172,11 @@ class Draw:
                 chosen[name] = None
         self._queue.extendleft(reversed(deferred))
         return list(chosen)
+
+    def peek(self, prompts: int) -> list[str]:
+        """What `draw` would give now, as far as that is settled: the epoch after this one isn't drawn yet."""
+        names = (name for name in self._queue if self._drawn(self._entries[name]))
+        return list(islice(dict.fromkeys(names), prompts))
 
     def update(self, groups: Iterable[Group]) -> None:
         """Re-score samples by their newest groups."""

@@ -125,13 +125,11 @@ def main() -> int:
 
         prepare()
         with ThreadPoolExecutor(arguments.jobs) as queue:
-            bases = dict(
-                zip(arguments.seeds, queue.map(lambda seed: make_base(out, seed), arguments.seeds), strict=True)
-            )
+            bases = {seed: queue.submit(make_base, out, seed) for seed in arguments.seeds}
 
             def one(job: tuple[int, str]) -> None:
                 seed, arm = job
-                options = {**COMMON, "load": bases[seed], "base-sft-steps": 0, **ARMS[arm].options}
+                options = {**COMMON, "load": bases[seed].result(), "base-sft-steps": 0, **ARMS[arm].options}
                 seconds = execute(out / f"{arm}-{seed}", seed, options)
                 print(f"{arm}, seed {seed}: {seconds:.0f} s", flush=True)
 

@@ -13,6 +13,7 @@ import torch
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.cache import PlanCache
 from dppo_mcore.data.messages import Request
 from dppo_mcore.types import Media, Sample, Turn
 from tests.data.clips import write_clip
@@ -111,3 +112,36 @@ def test_two_manifests_may_share_an_id(requests: list[Request], tiny_dir: str) -
         prompt = source.take(request)
         assert [media.plan.path for media in prompt.media] == [media.path for media in request.sample.media]
     source.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prompt_is_rendered_once(requests: list[Request], tiny_dir: str, workers: int) -> None:
+    """What was planned is at hand when it comes again, with the new request's own sample."""
+    source = PromptSource(tiny_dir, DataConfig(data_workers=workers))
+    first = source.take(requests[0])
+    rendered = []
+    whole = source.processor.chat.render
+    source.processor.chat.render = lambda *arguments: rendered.append(1) or whole(*arguments)  # type: ignore[method-assign]
+    again = replace(requests[0], sample=replace(requests[0].sample, gold="B", source="another"))
+    for made in (source.plan(again), source.take(again)):
+        assert made is not None and made.sample is again.sample and made.token_ids == first.token_ids
+    assert torch.equal(made.media[0].patches, first.media[0].patches)
+    assert not rendered
+    source.take(replace(requests[0], horizon=16.0))
+    assert len(rendered) == (0 if workers else 1)
+    source.close()
+
+
+def test_planned_prompts_are_bounded(requests: list[Request], tiny_dir: str) -> None:
+    """In tokens, the least recently used first; what never fits isn't kept."""
+    prompt = PromptSource(tiny_dir, DataConfig(data_workers=0)).plan(requests[0])
+    size = len(prompt.token_ids)
+    cache = PlanCache(3 * size)
+    for key in range(3):
+        cache.put(key, prompt)
+    assert cache.get(0) is prompt
+    cache.put(3, prompt)
+    assert cache.get(1) is None and all(cache.get(key) is prompt for key in (0, 2, 3))
+    small = PlanCache(size - 1)
+    small.put(0, prompt)
+    assert small.get(0) is None

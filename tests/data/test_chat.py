@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dppo_mcore.data.errors import DataError
@@ -97,6 +99,17 @@ def test_truncation_never_splits_a_medium(processor: Processor) -> None:
         assert cut.token_ids.count(pad) in (0, 24) and len(cut.media) == (cut.token_ids.count(pad) == 24)
         assert len(cut.token_ids) == min(length, len(prompt.token_ids)) == len(cut.loss_mask)
     assert kept and refused
+
+
+def test_long_conversations_are_cut_where_asked(processor: Processor, tiny_dir: str) -> None:
+    """`max_conversation_tokens` holds for what is learnt, not for questions."""
+    whole = clip_prompt(processor)
+    limit = len(whole.token_ids) - 2
+    short = Processor(tiny_dir, replace(processor.data, max_conversation_tokens=limit))
+    short.remember(whole.sample.media[0], None, whole.media[0].plan)
+    cut = short.plan_conversation(whole.sample)
+    assert cut.token_ids == whole.token_ids[:limit] and len(cut.media) == len(whole.media)
+    assert len(short.plan(whole.sample).token_ids) == len(processor.plan(whole.sample).token_ids)
 
 
 def test_answer_text_round_trip(processor: Processor) -> None:

@@ -1,8 +1,17 @@
-"""Which answers are still owed when some are recorded."""
+"""Which answers are still owed when some are recorded, and prompts that are decoded before they are asked for."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+
+from dppo_mcore.config import Config, DataConfig
+from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.metaloop.rolling import announce, load_prompts, owed
+from dppo_mcore.types import Media, Sample, Turn
+from tests.data.clips import write_clip
 
 
 @pytest.mark.parametrize(
@@ -10,6 +19,30 @@ import pytest
     [([], 3, [(0, 3)]), ([0, 1, 2], 3, []), ([0], 3, [(1, 2)]), ([1], 4, [(0, 1), (2, 2)]), ([5], 2, [(0, 2)])],
 )
 def test_owed(have: list[int], n: int, expected: list[tuple[int, int]]) -> None:
-    from dppo_mcore.metaloop.rolling import owed
-
     assert owed(have, n) == expected
+
+
+def test_what_comes_next_is_decoded_meanwhile(tiny_dir: str, tmp_path: Path) -> None:
+    """Announced prompts of this replica are ready when they are asked for; what isn't asked for is forgotten."""
+    clips = [write_clip(tmp_path / f"{number}.mp4", frames=16, size=(56, 56)) for number in range(8)]
+    turns = (Turn("user", "<video>Done?"),)
+    samples = {str(n): Sample(str(n), "success", turns, (Media("video", str(path)),)) for n, path in enumerate(clips)}
+    config = Config(data=DataConfig(data_workers=1, decode_ahead=8, media_cache_mib=0))
+    exchange = SimpleNamespace(replica=0, replicas=1, rank=0)
+    source = PromptSource(tiny_dir, config.data)
+    run = SimpleNamespace(config=config, exchange=exchange, source=source, sample=lambda _, name: samples[name])
+    announce(run, ["6", "7"], "rl", 32.0)
+    announce(run, list("0123"), "rl", 32.0)
+    futures = list(source._pending.values())
+    assert len(futures) == 4
+    for future in futures:
+        future.result(60)
+    decoded = source.metrics()["data_wait_s"]
+    assert list(load_prompts(run, list("0124"), "rl", 32.0)) == list("0124")
+    assert source.counts["decode/pyav"] == 4 and len(source._pending) == 1
+    announce(run, [], "rl", 32.0)
+    assert not source._pending and decoded == 0
+    exchange.replicas = 2
+    announce(run, list("01234567"), "rl", 32.0)
+    assert 0 < len(source._pending) < 8
+    source.close()

@@ -186,3 +186,25 @@ def test_a_step_without_groups_is_replayed_too() -> None:
     again.replay(groups, 8, other, steps=4)
     assert again.draw(8) == first.draw(8)
     assert other.verdict() == stagnation.verdict() and other.verdict().stop
+
+
+def test_peek_is_the_next_draw_unless_answers_change_it() -> None:
+    """It takes nothing, knows of what was mastered or frozen since, and does not look past an epoch."""
+    rows = [BufferRow(s.id, "kept", 4, 2) for s in pool(60)]
+    draw, blind = (Draw(pool(60), rows, seed=3) for _ in range(2))
+    for step in range(20):
+        expected, epoch = draw.peek(16), draw.epoch
+        names = draw.draw(16)
+        assert names == blind.draw(16)
+        assert names == expected or (draw.epoch > epoch and names[: len(expected)] == expected)
+        groups = [
+            Group(step, name, TASKS[int(name[1:]) % 3], 8, 8 if place else 3) for place, name in enumerate(draw.peek(2))
+        ]
+        draw.update(groups)
+        blind.update(groups)
+        if step == 10:
+            draw.freeze(["planning"])
+            blind.freeze(["planning"])
+        mastered = {group.sample_id for group in groups[1:]}
+        assert not mastered & set(draw.peek(16))
+        assert step < 10 or all(int(name[1:]) % 3 != TASKS.index("planning") for name in draw.peek(16))
