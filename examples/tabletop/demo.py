@@ -26,15 +26,15 @@ are wrong, and planning is withheld. From a clean base RL would only sharpen wha
 pre-trained: the weights start random and all that follows happens in this run."""
 
 
-def prepare(base_seed: int = 0) -> None:
+def prepare(cache: Path = CACHE, size: str = "small", fps: int = 2) -> None:
     """Make the data set and the random checkpoint where they aren't there yet."""
     from examples.tabletop.make_base import make_base
     from examples.tabletop.make_world import WorldOptions, make_world
 
     began = time.monotonic()
-    summary = make_world(CACHE / "world", WorldOptions())
-    if not (CACHE / "base" / "config.json").exists():
-        make_base(CACHE / "base", base_seed)
+    summary = make_world(cache / "world", WorldOptions(fps=fps), workers=os.cpu_count() or 2)
+    if not (cache / "base" / "config.json").exists():
+        make_base(cache / "base", size=size)
     print(f"tabletop: {summary['clips']} clips, {summary['rows']['pool']} questions to practise on, "
           f"{summary['rows']['eval']} held out; {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The paper's contrasts at small scale: arms from one base, at equal budgets, over several seeds.
 
-    python examples/tabletop/experiment.py [--arms dppo rl-only ...] [--seeds 1 2 3] [--jobs 2] [--out DIR]
+    python examples/tabletop/experiment.py [--preset cpu|gpu] [--arms dppo rl-only ...] [--seeds 1 2 3] [--out DIR]
 
 Every arm is the product's own training with other options; a finished run is not run again, a stopped one goes on, so
 the same command completes what is missing. `--summary` only writes tables and plots from what is there.
@@ -24,23 +24,49 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 CONFIG = "examples/tiny.yaml"
-BASE_STEPS = 900
-RL_STEPS = 40
-"""RL steps per loop of an arm with two loops."""
-COMMON = {
-    "buffer-samples": 1200,
-    "rl-min-steps": RL_STEPS,
-    "rl-max-steps": RL_STEPS,
-    "stagnation-threshold": 1.0,
-    "last-sft": True,
-    "eval-samples": 360,
-    "sft-max-steps": 150,
-    "save-interval": 60,
-    "log-interval": 10,
-}
+ALWAYS = {"stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60, "log-interval": 10}
 """Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
-RL_ONLY_STEPS = 60
-"""Per loop: 20 steps of 48 x 8 answers stand for one loop's buffer and mining."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Lengths and sizes of every run."""
+
+    base_steps: int
+    rl_steps: int
+    """RL steps per loop of an arm with two loops."""
+    rl_only_steps: int
+    """The same of an arm without SFT: the steps beyond stand for a loop's buffer and mining."""
+    options: dict[str, object]
+    jobs: int
+    cache: Path
+    size: str = "small"
+    clip_fps: int = 2
+
+    def common(self) -> dict[str, object]:
+        """Options of all arms."""
+        lengths = {"rl-min-steps": self.rl_steps, "rl-max-steps": self.rl_steps}
+        return ALWAYS | lengths | self.options | self.paths()
+
+    def paths(self) -> dict[str, object]:
+        """Model and manifests."""
+        world = self.cache / "world"
+        files = {"data": "pool", "general-data": "general", "base-data": "base", "eval-data": "eval",
+                 "eval-general-data": "eval_general", "teacher-file": "teacher"}  # fmt: skip
+        return {"model": self.cache / "base"} | {flag: world / f"{name}.jsonl" for flag, name in files.items()}
+
+
+PRESETS = {
+    "cpu": Preset(900, 40, 60, {"buffer-samples": 1200, "eval-samples": 360, "sft-max-steps": 150}, 2,
+                  ROOT / ".cache" / "tabletop"),
+    # Clips of 25 frames a second, some 27 million parameters, and decoding by the GPU: for one H100 or H200.
+    "gpu": Preset(3000, 120, 160,
+                  {"device": "cuda", "dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
+                   "group-size": 16, "buffer-samples": 4000, "eval-samples": 720, "sft-max-steps": 400,
+                   "base-sft-lr": 1e-3, "sft-lr": 6e-4, "rl-lr": 2e-4, "rollout-max-in-flight": 4096,
+                   "max-tokens-per-micro-batch": 32768},
+                  1, ROOT / ".cache" / "tabletop-large", "large", 25),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +80,7 @@ class Arm:
 ARMS = {
     "dppo": Arm("DPPO (RL and SFT in turn, by difficulty, anchors)", {"anchor-share": 0.15}),
     "rl-only": Arm("RL only, random sampling",
-                   {"mode": "rl-only", "sampling": "random", "rl-max-steps": RL_ONLY_STEPS,
-                    "rl-min-steps": RL_ONLY_STEPS}),
+                   {"mode": "rl-only", "sampling": "random"}),
     "sft-only": Arm("SFT only, as many SFT steps", {"mode": "sft-only"}),
     "dppo-random": Arm("DPPO with random sampling", {"sampling": "random"}),
     "dppo-no-anchors": Arm("DPPO, mastered samples dropped", {"anchor-share": 0.0}),
@@ -100,13 +125,25 @@ def execute(run: Path, seed: int, options: dict[str, object]) -> float:
     return time.monotonic() - began
 
 
-def make_base(out: Path, seed: int) -> Path:
+def make_base(preset: Preset, out: Path, seed: int) -> Path:
     """The base all arms of a seed start from: the checkpoint after the first SFT, before the run's one RL step."""
     run = out / f"base-{seed}"
-    options = {"mode": "rl-only", "loops": 1, "sampling": "random", "base-sft-steps": BASE_STEPS, "rl-min-steps": 1,
-               "rl-max-steps": 1, "keep-checkpoints": 4, "eval-samples": COMMON["eval-samples"]}  # fmt: skip
-    execute(run, seed, options)
-    return run / "checkpoints" / f"step-{BASE_STEPS:08d}"
+    execute(run, seed, base_options(preset))
+    return run / "checkpoints" / f"step-{preset.base_steps:08d}"
+
+
+def base_options(preset: Preset) -> dict[str, object]:
+    """The whole first SFT and one RL step, as a run needs RL."""
+    return preset.common() | {"mode": "rl-only", "loops": 1, "sampling": "random", "base-sft-steps": preset.base_steps,
+                              "rl-min-steps": 1, "rl-max-steps": 1, "keep-checkpoints": 4}  # fmt: skip
+
+
+def arm_options(preset: Preset, arm: str, base: Path) -> dict[str, object]:
+    """All options of an arm."""
+    made = preset.common() | {"load": base, "base-sft-steps": 0} | ARMS[arm].options
+    if made.get("mode") == "rl-only":
+        made |= {"rl-min-steps": preset.rl_only_steps, "rl-max-steps": preset.rl_only_steps}
+    return made
 
 
 def main() -> int:
@@ -114,30 +151,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "experiment", help="folder of the runs")
-    parser.add_argument("--benchmarks", type=Path, default=ROOT / "benchmarks" / "tabletop", help="where results go")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="two CPU cores, or one GPU")
+    parser.add_argument("--jobs", type=int, help="runs at a time, a process each; default: the preset's")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/experiment (-gpu)")
+    parser.add_argument("--benchmarks", type=Path, help="where results go; default: benchmarks/tabletop (-gpu)")
     parser.add_argument("--summary", action="store_true", help="write tables and plots of what is there, run nothing")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    preset = PRESETS[arguments.preset]
+    suffix = "" if arguments.preset == "cpu" else f"-{arguments.preset}"
+    out = (arguments.out or ROOT / "runs" / f"experiment{suffix}").resolve()
+    benchmarks = arguments.benchmarks or ROOT / "benchmarks" / f"tabletop{suffix}"
     if not arguments.summary:
         from examples.tabletop.demo import prepare
 
-        prepare()
-        with ThreadPoolExecutor(arguments.jobs) as queue:
-            bases = {seed: queue.submit(make_base, out, seed) for seed in arguments.seeds}
+        prepare(preset.cache, preset.size, preset.clip_fps)
+        with ThreadPoolExecutor(arguments.jobs or preset.jobs) as queue:
+            bases = {seed: queue.submit(make_base, preset, out, seed) for seed in arguments.seeds}
 
             def one(job: tuple[int, str]) -> None:
                 seed, arm = job
-                options = {**COMMON, "load": bases[seed].result(), "base-sft-steps": 0, **ARMS[arm].options}
-                seconds = execute(out / f"{arm}-{seed}", seed, options)
+                seconds = execute(out / f"{arm}-{seed}", seed, arm_options(preset, arm, bases[seed].result()))
                 print(f"{arm}, seed {seed}: {seconds:.0f} s", flush=True)
 
             # Seed by seed, so that an interrupted experiment has whole comparisons.
             list(queue.map(one, [(seed, arm) for seed in arguments.seeds for arm in arguments.arms]))
     from examples.tabletop.experiment_summary import summarise
 
-    print(summarise(out, {name: arm.title for name, arm in ARMS.items()}, arguments.benchmarks))
+    print(summarise(out, {name: arm.title for name, arm in ARMS.items()}, benchmarks, arguments.preset))
     return 0
 
 

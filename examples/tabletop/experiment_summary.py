@@ -128,13 +128,13 @@ def plot(found: dict[str, dict[int, list[Point]]], arms: dict[str, str], field: 
     return "\n".join([*parts, "</svg>"])
 
 
-def summarise(out: Path, arms: dict[str, str], into: Path) -> str:
+def summarise(out: Path, arms: dict[str, str], into: Path, preset: str = "cpu") -> str:
     """Write results.json, results.md and the plots; returns the table."""
     found = gather(out, arms)
     into.mkdir(parents=True, exist_ok=True)
     made = {
         "date": date.today().isoformat(),
-        "command": "python examples/tabletop/experiment.py",
+        "command": f"python examples/tabletop/experiment.py --preset {preset}",
         "machine": f"{platform.machine()}, {platform.system()}",
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")},
         "arms": {arm: {seed: [asdict(point) for point in points] for seed, points in by_seed.items()}

@@ -1,6 +1,6 @@
-"""Write the tabletop's small Qwen2.5-VL: about a million random parameters and a word-level tokenizer.
+"""Write the tabletop's own Qwen2.5-VL: random parameters, about a million by default, and a word-level tokenizer.
 
-    python -m examples.tabletop.make_base --out DIR [--seed 0]
+    python -m examples.tabletop.make_base --out DIR [--seed 0] [--size small|large]
 
 The architecture and the files are those of the released checkpoints; only sizes and vocabulary are small.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ from examples.tabletop.questions import VOCABULARY
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of the language model and of the vision tower, and the spread of random weights."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vision_hidden: int
+    vision_layers: int
+    std: float
+
+
+SIZES = {"small": Size(128, 4, 4, 64, 2, 0.06), "large": Size(512, 8, 8, 256, 4, 0.03)}
 MAKE_TINY = Path(__file__).resolve().parents[2] / "tools" / "make_tiny.py"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -72,21 +88,26 @@ def write_tokenizer(out: Path, special_tokens: tuple[str, ...]) -> dict[str, int
     return tokenizer.get_vocab(with_added_tokens=True)
 
 
-def model_config(ids: dict[str, int]) -> Any:
-    """Four layers of width 128 over a vision tower of two layers of width 64."""
+def model_config(ids: dict[str, int], size: Size) -> Any:
+    """A language model of some size over its vision tower, both with MLPs of three times their width."""
     from transformers import Qwen2_5_VLConfig
 
-    size = -(-(max(ids.values()) + 1) // 16) * 16
+    vocabulary = -(-(max(ids.values()) + 1) // 16) * 16
+    angles = size.hidden // size.heads // 2
+    sections = [angles // 4, (angles - angles // 4) // 2, (angles - angles // 4) // 2]
     common = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
               "pad_token_id": ids["<|endoftext|>"]}  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": sections}
     return Qwen2_5_VLConfig(
-        text_config={"vocab_size": size, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-                     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+        text_config={"vocab_size": vocabulary, "hidden_size": size.hidden, "intermediate_size": 3 * size.hidden,
+                     "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+                     "num_key_value_heads": size.heads, "max_position_embeddings": 4096,
                      "rms_norm_eps": 1e-6, "rope_parameters": rope, "tie_word_embeddings": False, **common},
-        vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 128,
-                       "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
-                       "tokens_per_second": 1, "window_size": 112, "fullatt_block_indexes": [0, 1]},
+        vision_config={"depth": size.vision_layers, "hidden_size": size.vision_hidden,
+                       "intermediate_size": 3 * size.vision_hidden, "num_heads": size.vision_hidden // 32,
+                       "out_hidden_size": size.hidden, "patch_size": 14, "spatial_merge_size": 2,
+                       "temporal_patch_size": 2, "in_channels": 3, "tokens_per_second": 1, "window_size": 112,
+                       "fullatt_block_indexes": list(range(size.vision_layers))},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -96,20 +117,20 @@ def model_config(ids: dict[str, int]) -> Any:
     )  # fmt: skip
 
 
-def make_base(out: Path, seed: int = 0, std: float = 0.06) -> Path:
-    """Write the checkpoint to `out`: weights normal with `std`, norms 1, biases 0."""
+def make_base(out: Path, seed: int = 0, size: str = "small") -> Path:
+    """Write the checkpoint to `out`: weights normal, norms 1, biases 0."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     make_tiny = _make_tiny()
     out.mkdir(parents=True, exist_ok=True)
-    config = model_config(write_tokenizer(out, make_tiny.SPECIAL_TOKENS))
+    config = model_config(write_tokenizer(out, make_tiny.SPECIAL_TOKENS), SIZES[size])
     model = Qwen2_5_VLForConditionalGeneration(config).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(SIZES[size].std * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     model.save_pretrained(out)
@@ -124,8 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=sorted(SIZES), default="small")
     arguments = parser.parse_args()
-    print(make_base(arguments.out, arguments.seed))
+    print(make_base(arguments.out, arguments.seed, arguments.size))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import av
 import numpy as np
 import pytest
 
+from dppo_mcore.config_loading import load
 from dppo_mcore.data.manifest import read_manifest
 from dppo_mcore.rewards.scoring import Rubric, score
+from examples.tabletop.experiment import ARMS, PRESETS, Preset, arm_options, base_options, command
 from examples.tabletop.make_base import make_base
 from examples.tabletop.make_world import WITHHELD, WorldOptions, make_world
 from examples.tabletop.questions import GENERAL_KINDS, KINDS, VOCABULARY, ask
@@ -135,6 +137,28 @@ def test_the_base_loads_as_a_small_qwen(base: Path) -> None:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
     assert 0.8e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
     assert len(GENERAL_KINDS) == 2
+
+
+def test_the_large_base_loads_too(tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(make_base(tmp_path, size="large"))
+    assert 20e6 < sum(p.numel() for p in model.parameters()) < 40e6
+
+
+@pytest.mark.parametrize("preset", list(PRESETS.values()), ids=list(PRESETS))
+def test_arms_of_a_preset_have_equal_lengths(preset: Preset, tmp_path: Path) -> None:
+    """Every arm's options are real ones; arms with RL and SFT have as many steps of each."""
+    lengths = {}
+    for arm in ARMS:
+        flags = command(tmp_path / arm, 1, arm_options(preset, arm, tmp_path))
+        config = load(flags[flags.index("--config") :], "train")
+        assert config.practice.stagnation_threshold == 1.0
+        lengths[arm] = (config.practice.rl_min_steps, config.practice.rl_max_steps, config.sft.sft_max_steps)
+    assert len({length for arm, length in lengths.items() if arm != "rl-only"}) == 1
+    assert lengths["rl-only"][0] == lengths["rl-only"][1] > lengths["dppo"][1] == lengths["dppo"][0]
+    flags = command(tmp_path / "base", 1, base_options(preset))
+    assert load(flags[flags.index("--config") :], "train").sft.base_sft_steps == preset.base_steps
 
 
 def test_the_same_options_give_the_same_files(world: Path, tmp_path: Path) -> None:
