@@ -145,6 +145,14 @@ class PromptSource:
         self._pending.clear()
         self._plans.clear()
 
+    def keep_only(self, requests: Iterable[Request]) -> None:
+        """Forget what was announced beside these."""
+        wanted = {request.key for request in requests}
+        for key in [key for key in self._backlog if key not in wanted]:
+            del self._backlog[key]
+        for key in [key for key in self._pending if key not in wanted]:
+            self._pending.pop(key).cancel()
+
     def close(self) -> None:
         """End the workers."""
         self._backlog.clear()

@@ -1,4 +1,4 @@
-"""Floating-point operations of a packed micro-batch, by part: what MFU and the step benchmark divide by.
+"""Floating-point operations of training and generation, by part: what MFU and the step benchmark divide by.
 
 A multiply-add counts as two. Attention counts the pairs that the mask lets through, so a shared prompt counts once.
 """
@@ -12,7 +12,7 @@ import torch
 
 from dppo_mcore.config import ModelConfig
 from dppo_mcore.model.config import QwenConfig
-from dppo_mcore.types import PackedBatch
+from dppo_mcore.types import PackedBatch, Prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,19 @@ def batch_flops(batch: PackedBatch, qwen: QwenConfig) -> Flops:
 def total_flops(batches: Sequence[PackedBatch], qwen: QwenConfig) -> Flops:
     """Forward operations of several micro-batches."""
     return sum((batch_flops(batch, qwen) for batch in batches), Flops())
+
+
+def generation_flops(prompt: Prompt, lengths: Sequence[int], qwen: QwenConfig) -> float:
+    """Forward operations of sampling answers of so many tokens, the prompt and its media computed once for all.
+
+    An answer's last token is sampled and never fed.
+    """
+    start = len(prompt.token_ids)
+    fed = [max(length - 1, 0) for length in lengths]
+    tokens = start + sum(fed)
+    pairs = start * (start + 1) // 2 + sum(n * start + n * (n + 1) // 2 for n in fed)
+    vision = sum(vision_flops(media.plan.grid, qwen) for media in prompt.media)
+    return vision + language_flops(tokens, pairs, qwen) + 2.0 * sum(lengths) * qwen.hidden_size * qwen.vocab_size
 
 
 def language_flops(tokens: int, pairs: int, qwen: QwenConfig) -> float:

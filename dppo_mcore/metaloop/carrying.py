@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dppo_mcore.learn.rl import Group
-from dppo_mcore.metaloop.rolling import Batch, announce, load_prompts, runs_of, score_all
+from dppo_mcore.metaloop.rolling import Batch, announce, load_prompts, runs_of, score_all, work_of
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.practice.ledger import PhasePlan
 from dppo_mcore.rollout.answers import as_prefix
@@ -95,12 +95,13 @@ def roll_out_step(run: Run, phase: PhasePlan, ids: Sequence[str], upcoming: Sequ
     ]
     whole = [group for group in groups if not group.prefixes]
     _record(run, phase, step, whole, [group for group in groups if group.prefixes])
-    seconds = {
+    metrics = {
         "time/data": decoded - began,
         "time/generate": generated - decoded,
         "time/reward": time.perf_counter() - generated,
     }
-    return Batch([Group(prompts[group.sample_id], group.ended) for group in whole], seconds)
+    work = work_of(run, prompts, rollouts)
+    return Batch([Group(prompts[group.sample_id], group.ended) for group in whole], metrics | work)
 
 
 def forget(run: Run, phase: PhasePlan, step: int) -> None:

@@ -35,7 +35,7 @@ def measure(run: Run, phase: PhasePlan, ids: list[str], n: int) -> None:
             chunk = ids[start : start + CHUNK]
             if all(len(recorded.get(name, ())) >= n for name in chunk):
                 continue
-            roll_out(
+            batch = roll_out(
                 run,
                 chunk,
                 n,
@@ -46,6 +46,7 @@ def measure(run: Run, phase: PhasePlan, ids: list[str], n: int) -> None:
                 record=lambda new, number=number: run.ledger.record_rollouts(phase.name, number, new),
                 upcoming=ids[start + CHUNK : start + CHUNK + run.config.data.decode_ahead],
             )
+            run.metrics.log(run.step, batch.metrics, phase=phase.name, phase_step=number)
             position.stop_if_asked(run)
     run.say(f"{phase.name}: {len(ids)} samples x {n} answers in {time.monotonic() - began:.0f} s")
 

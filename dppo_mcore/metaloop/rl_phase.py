@@ -128,7 +128,7 @@ def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step:
 def _report(
     run: Run, phase: PhasePlan, step: int, batch: Batch, result: RlResult, verdict: Verdict, seconds: float
 ) -> None:
-    values: dict[str, float] = {**result.metrics, **batch.seconds, "time/step": seconds, "rl/stagnation": verdict.score}
+    values: dict[str, float] = {**result.metrics, **batch.metrics, "time/step": seconds, "rl/stagnation": verdict.score}
     for name, task in verdict.tasks.items():
         values[f"rl/stagnation/{name}"] = task.score
         values[f"rl/success/{name}"] = task.success

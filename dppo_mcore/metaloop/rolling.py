@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.loader import divide, home_of
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn import replay
+from dppo_mcore.learn.flops import generation_flops
 from dppo_mcore.learn.rl import Group
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.rollout.base import GenerationRequest, Sampling
@@ -20,10 +21,11 @@ from dppo_mcore.types import Prompt, PromptMedia, Rollout, ScoredRollout
 
 @dataclass(frozen=True)
 class Batch:
-    """A replica's groups of one step, and where the time went."""
+    """A replica's groups of one step, and what they took."""
 
     groups: list[Group]
-    seconds: dict[str, float]
+    metrics: dict[str, float]
+    """Seconds by stage, and on rank 0 the operations of generation over all replicas; under their logged names."""
 
 
 Recorded = dict[str, list[ScoredRollout]]
@@ -80,12 +82,22 @@ def roll_out(
     ]
     if folder := run.config.output.dump_rollouts:
         replay.dump(Path(folder), label, groups if trains else [_without_patches(group) for group in groups])
-    seconds = {
+    metrics = {
         "time/data": decoded - began,
         "time/generate": generated - decoded,
         "time/reward": time.perf_counter() - generated,
     }
-    return Batch(groups, seconds)
+    return Batch(groups, metrics | work_of(run, prompts, rollouts))
+
+
+def work_of(run: Run, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The operations of generating these rollouts, summed over the replicas; known on rank 0. Collective."""
+    lengths: dict[str, list[int]] = {}
+    for rollout in rollouts:
+        lengths.setdefault(rollout.sample_id, []).append(len(rollout.token_ids))
+    qwen = run.processor.qwen
+    mine = sum(generation_flops(prompts[name], sizes, qwen) for name, sizes in lengths.items())
+    return {"rollout/flops": sum(run.exchange.at_rank0([mine]))}
 
 
 def _replay(run: Run, label: str, recorded: Recorded, record: Callable[[list[ScoredRollout]], None] | None) -> Batch:
@@ -120,7 +132,9 @@ def runs_of(indices: Iterable[int]) -> list[tuple[int, int]]:
 
 def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> dict[str, Prompt]:
     """This replica's share, decoded, by id; a sample whose media are damaged is quarantined by name and left out."""
-    stream = run.source.stream(my_share(run, [Request(run.sample(pool, name), horizon) for name in ids]))
+    mine = my_share(run, [Request(run.sample(pool, name), horizon) for name in ids])
+    run.source.keep_only(mine)
+    stream = run.source.stream(mine)
     longest = run.config.rollout.max_prompt_tokens
     found: dict[str, Prompt] = {}
     for request, prompt in stream:
@@ -141,7 +155,6 @@ def announce(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> 
         return
     replica, replicas = run.exchange.replica, run.exchange.replicas
     requests = [Request(run.sample(pool, name), horizon) for name in ids]
-    run.source.reset()
     run.source.prefetch(request for request in requests if home_of(request, replicas) == replica)
     if replicas > 1 and run.exchange.rank == 0:
         run.source.plan_ahead(requests)

@@ -105,30 +105,35 @@ def decisions(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+WORK = {"generation": "rollout/flops", "training": "train/flops"}
+
+
 def curves(run: Run) -> dict[str, Any]:
     """Every metric as a thinned curve, seconds by stage and phase, and the span of steps of each phase."""
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     spans: dict[str, list[int]] = {}
-    flops: dict[str, float] = defaultdict(float)
+    flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in read_metrics(run.folder):
         step, phase = row["step"], str(row.get("phase", ""))
-        span = spans.setdefault(phase, [step, step])
-        span[1] = max(span[1], step)
+        if "time/step" in row:
+            span = spans.setdefault(phase, [step, step])
+            span[1] = max(span[1], step)
         for name, value in row.items():
             if "/" not in name or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             series[name].append((step, value))
             if name.startswith("time/"):
                 seconds[phase][name.removeprefix("time/")] += value
-        flops[phase] += row.get("train/flops") or 0.0
+        for stage, name in WORK.items():
+            flops[phase][stage] += row.get(name) or 0.0
         if "time/logprobs" in row and "time/train" in row:
             # The log-prob passes are part of the training time; each second is shown once.
             seconds[phase]["train"] -= row["time/logprobs"] or 0.0
     return {
         "series": {name: thin(points, MOST_POINTS) for name, points in sorted(series.items())},
         "seconds": {phase: dict(stages) for phase, stages in seconds.items()},
-        "flops": {phase: total for phase, total in flops.items() if total},
+        "flops": {phase: dict(stages) for phase, stages in flops.items() if any(stages.values())},
         "spans": {phase: span for phase, span in spans.items() if phase},
     }
 

@@ -41,6 +41,7 @@ UNITS: dict[str, str] = {
     "train/mfu": "share of the device's peak, ViT included",
     "time/*": "seconds",
     "memory/*": "bytes",
+    "rollout/flops": "floating-point operations of generation, a prompt once for its answers, ViT included",
     "rollout/*": "see the name",
     "data/*": "count",
     "sync/*": "see the name",

@@ -175,7 +175,7 @@ def _write_step(file: object, step: int, name: str, progress: float, success: fl
            "rl/clip_fraction_high": 0.02, "rl/stagnation": _mean_score(tasks),
            **{f"rl/stagnation/{objective}": task["score"] for objective, task in tasks.items()},
            "train/lr": 1e-6, "train/grad_norm": 1 + rng.random(), "train/mfu": 0.31 + 0.02 * rng.random(),
-           "train/flops": 3e12,
+           "train/flops": 3e12, "rollout/flops": 2e12,
            "time/generate": 2.0, "time/reward": 0.1, "time/train": 1.6, "time/logprobs": 0.3, "time/sync": 0.1,
            "time/data": 0.05, "time/step": 3.9}  # fmt: skip
     file.write(json.dumps(row) + "\n")  # type: ignore[attr-defined]

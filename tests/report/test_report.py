@@ -78,6 +78,10 @@ def test_overview_agrees_with_the_ledger(run: Path) -> None:
     assert len(last["dimension"]) == 9
     for phase in data["success"]:
         assert sum(sum(counts) for _, counts in phase["steps"]) == phase["groups"]
+    steps = [row for row in read_metrics(run) if "rl/success" in row]
+    spent = data["curves"]["flops"]
+    assert sum(stages["training"] for stages in spent.values()) == 3e12 * len(steps)
+    assert sum(stages["generation"] for stages in spent.values()) == 2e12 * len(steps)
     assert data["corpus"]["items"] and data["corpus"]["teacher"] and data["corpus"]["buffers"]
     opened.close()
 

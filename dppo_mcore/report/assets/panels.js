@@ -164,8 +164,8 @@ function time() {
   const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length && (row.name !== "other" || row.parts.some((part) => part.value > 1)));
   const grid = node("div", { cls: "grid two" });
   if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
-  const work = Object.entries(DATA.curves.flops).map(([phase, total]) => ({ name: phase, parts: [{ name: "training", color: "var(--c2)", value: total }] }));
-  if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs of the training steps over all ranks, vision tower included; generation isn't counted.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
+  const work = Object.entries(DATA.curves.flops).map(([phase, spent]) => ({ name: phase, parts: Object.entries(spent).filter(([, value]) => value).map(([name, value]) => ({ name, color: name === "training" ? "var(--c2)" : "var(--c1)", value })) }));
+  if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs over all ranks, vision tower included. Generation counts a prompt once for its answers; evaluation isn't counted.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
   const used = DATA.curves.series["train/mfu"];
   if (used) grid.append(lineChart({ title: "Arithmetic: share of the device's peak", note: "Model FLOPs of each step, vision tower included, over its time and the device's peak.", series: [{ name: "MFU", color: "var(--c2)", points: used }], floor: 0, bands: bands(), format: (value) => percent(value, 1) }));
   const speed = DATA.curves.series["train/tokens_per_s"];
