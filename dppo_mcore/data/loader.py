@@ -92,6 +92,7 @@ class Batches:
         self.step = step
         """Number of the batch that comes next."""
         self._upcoming: Sequence[Request] | None = None
+        self._planned: tuple[int, list[Request]] | None = None
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return self
@@ -111,5 +112,8 @@ class Batches:
         return self._steps is not None and step >= self._steps
 
     def _requests(self, step: int) -> list[Request]:
-        places = self._order.slots(step * self._batch_size, self._batch_size)
-        return [self._request(place) for place in places]
+        """Of a step; those made last are kept, for a step is first planned, then divided."""
+        if self._planned is None or self._planned[0] != step:
+            places = self._order.slots(step * self._batch_size, self._batch_size)
+            self._planned = (step, [self._request(place) for place in places])
+        return self._planned[1]

@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from dppo_mcore.types import Sample
 
 INDEX_VERSION = 3
 LABELS = ("objective", "dimension", "source")
+RECENT = 4096
+"""Samples that `get` remembers."""
 BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -69,6 +72,7 @@ class Manifest(Sequence[Sample]):
         self._names: dict[str, list[str]] = header["names"]
         self.refused = tuple(Refusal(str(path), *row) for row in header["refused"])
         self._file: BinaryIO | None = None
+        self._recent: OrderedDict[str, Sample] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -89,18 +93,26 @@ class Manifest(Sequence[Sample]):
 
     def index_of(self, sample_id: str) -> int:
         """Row number of an id; KeyError when there is none."""
+        return self._find(sample_id)[0]
+
+    def get(self, sample_id: str) -> Sample:
+        """The sample of an id, remembered for a while; KeyError when there is none."""
+        sample = self._recent.get(sample_id)
+        if sample is None:
+            sample = self._recent[sample_id] = self._find(sample_id)[1]
+            if len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
+        return sample
+
+    def _find(self, sample_id: str) -> tuple[int, Sample]:
         wanted = _hash(sample_id)
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self) and self._hashes[at] == wanted:
             index = int(self._order[at])
-            if self[index].id == sample_id:
-                return index
+            if (sample := self[index]).id == sample_id:
+                return index, sample
             at += 1
         raise KeyError(sample_id)
-
-    def get(self, sample_id: str) -> Sample:
-        """The sample of an id; KeyError when there is none."""
-        return self[self.index_of(sample_id)]
 
     def label(self, index: int, name: str) -> str:
         """`objective`, `dimension` or `source` of a row, without reading it."""
@@ -118,7 +130,7 @@ class Manifest(Sequence[Sample]):
         return os.pread(self._file.fileno(), length, start)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_recent": OrderedDict()}
 
 
 def _hash(text: str) -> np.uint64:

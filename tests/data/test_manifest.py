@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -204,12 +205,24 @@ def test_lookup_labels_and_reindexing(tmp_path: Path) -> None:
     manifest = read_manifest(path)
     assert manifest.index_of("r42") == 42 and manifest.label(42, "objective") == "boxes"
     assert manifest.counts("objective") == {"boxes": 50, "exact": 50}
+    assert manifest.get("r42") is manifest.get("r42") == manifest[42]
     with pytest.raises(KeyError):
         manifest.get("r100")
     with open(path, "a") as file:
         file.write(json.dumps({**rows[0], "id": "r100"}) + "\n")
     os.utime(path, (time.time() + 5, time.time() + 5))
     assert read_manifest(path).get("r100").id == "r100"
+
+
+def test_get_remembers_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest go, and a copy sent to another process takes none along."""
+    monkeypatch.setattr("dppo_mcore.data.manifest.RECENT", 3)
+    rows = [{"id": f"r{n}", "objective": "exact", "messages": [{"role": "user", "content": "?"}]} for n in range(9)]
+    manifest = read_manifest(write(tmp_path, rows))
+    assert [manifest.get(f"r{n}").id for n in range(9)] == [f"r{n}" for n in range(9)]
+    assert list(manifest._recent) == ["r6", "r7", "r8"]
+    copy = pickle.loads(pickle.dumps(manifest))
+    assert not copy._recent and copy.get("r0").id == "r0"
 
 
 def test_missing_manifest_is_named(tmp_path: Path) -> None:
