@@ -28,6 +28,11 @@ class Point:
     objective: dict[str, float]
     general: float
 
+    @property
+    def planning(self) -> float:
+        """Success at the objective that is withheld from the base."""
+        return self.objective.get("planning", 0.0)
+
 
 def points_of(run: Path) -> list[Point]:
     """Evaluations of a run with what was used up to each."""
@@ -96,11 +101,11 @@ def table(found: dict[str, dict[int, list[Point]]], arms: dict[str, str]) -> str
 
 
 def plot(found: dict[str, dict[int, list[Point]]], arms: dict[str, str], field: str, title: str) -> str:
-    """Mean over seeds after each phase, an SVG; the x axis counts phases, as budgets differ in kind."""
+    """Mean over seeds after each phase against the rollouts used until then, an SVG."""
     width, height, left, top, bottom = 860, 340, 56, 40, 46
     right = 330
-    most = max((len(points) for by_seed in found.values() for points in by_seed.values()), default=2)
-    x = lambda k: left + k * (width - left - right) / max(1, most - 1)  # noqa: E731
+    most = max((points[-1].rollouts for by_seed in found.values() for points in by_seed.values()), default=1)
+    x = lambda rollouts: left + rollouts * (width - left - right) / max(1, most)  # noqa: E731
     y = lambda share: height - bottom - share * (height - top - bottom)  # noqa: E731
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
              f'font-size="12" role="img" aria-label="{title}"><rect width="100%" height="100%" fill="#fff"/>'
@@ -108,23 +113,23 @@ def plot(found: dict[str, dict[int, list[Point]]], arms: dict[str, str], field: 
     for share in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<path d="M{left},{y(share):.0f}H{width - right}" stroke="#dde3ea"/>'
                      f'<text x="{left - 8}" y="{y(share) + 4:.0f}" text-anchor="end">{share:.0%}</text>')  # fmt: skip
-    for k in range(most):
-        parts.append(f'<text x="{x(k):.0f}" y="{height - 22}" text-anchor="middle">{"base" if k == 0 else k}</text>')
+    tick = 10 ** max(0, len(str(most)) - 1)
+    for mark in range(0, most + 1, tick):
+        parts.append(f'<text x="{x(mark):.0f}" y="{height - 22}" text-anchor="middle">{mark:,}</text>')
     for number, (arm, by_seed) in enumerate(found.items()):
         colour = COLOURS[number % len(COLOURS)]
         lengths = min(len(points) for points in by_seed.values())
-        means = [statistics.mean(getattr(p[k], field) for p in by_seed.values()) for k in range(lengths)]
-        path = " ".join(f"{'L' if k else 'M'}{x(k):.1f},{y(value):.1f}" for k, value in enumerate(means))
+        mean = lambda name, k, by_seed=by_seed: statistics.mean(getattr(p[k], name) for p in by_seed.values())  # noqa: E731
+        places = [(x(mean("rollouts", k)), y(mean(field, k))) for k in range(lengths)]
+        path = " ".join(f"{'L' if k else 'M'}{at:.1f},{high:.1f}" for k, (at, high) in enumerate(places))
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2.2"/>')
-        parts += [f'<circle cx="{x(k):.1f}" cy="{y(value):.1f}" r="3.4" fill="{colour}"/>'
-                  for k, value in enumerate(means)]  # fmt: skip
+        parts += [f'<circle cx="{at:.1f}" cy="{high:.1f}" r="3.4" fill="{colour}"/>' for at, high in places]
         row = top + 10 + 20 * number
         parts.append(f'<rect x="{width - right + 16}" y="{row - 9}" width="11" height="11" fill="{colour}"/>'
                      f'<text x="{width - right + 33}" y="{row + 1}">{arms[arm]}</text>')  # fmt: skip
     middle = (left + width - right) / 2
-    parts.append(
-        f'<text x="{middle:.0f}" y="{height - 6}" text-anchor="middle">phases that ended with an evaluation</text>'
-    )
+    caption = "rollouts used, buffers and mining included"
+    parts.append(f'<text x="{middle:.0f}" y="{height - 6}" text-anchor="middle">{caption}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
@@ -143,13 +148,14 @@ def summarise(out: Path, arms: dict[str, str], into: Path, preset: str = "cpu") 
     (into / "results.json").write_text(json.dumps(made, indent=1))
     shown = table(found, arms)
     if found:
-        for field, title in (("success", "Held-out success"), ("general", "The general set (forgetting)")):
+        for field, title in (("success", "Held-out success"), ("planning", "Held-out planning, new to the base"),
+                             ("general", "The general set (forgetting)")):  # fmt: skip
             (into / f"{field}.svg").write_text(plot(found, arms, field, title))
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     (into / "results.md").write_text(
         f"# Contrasts on the tabletop, {made['date']}\n\n`{made['command']}`; {versions}; {made['machine']}.\n\n"
         "Greedy held-out success in percent, mean ± standard deviation over seeds. Rollouts include buffers and "
         f"mining; labels are the weak and retrieved items of all corpora.\n\n{shown}\n\n"
-        + ("![](success.svg)\n\n![](general.svg)\n" if found else "")
+        + ("![](success.svg)\n\n![](planning.svg)\n\n![](general.svg)\n" if found else "")
     )
     return shown
