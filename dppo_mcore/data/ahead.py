@@ -113,9 +113,17 @@ class PromptSource:
         if self._pool is None:
             return
         for request in requests:
-            known = all((media, request.horizon) in self.processor.plans for media in request.sample.media)
-            if not known and request.key not in self._plans and request.sample.id not in self.quarantine:
+            if request.key not in self._plans and not self.knows([request]):
                 self._plans[request.key] = self._pool.submit(Task(_light(request), pixels=False))
+
+    def knows(self, requests: Iterable[Request]) -> bool:
+        """Whether every request can be planned without touching a file, or is known to be damaged."""
+        plans = self.processor.plans
+        return all(
+            request.sample.id in self.quarantine
+            or all((media, request.horizon) in plans for media in request.sample.media)
+            for request in requests
+        )
 
     def plan(self, request: Request) -> Prompt | None:
         """The prompt with its frame plans, nothing decoded; None for a damaged sample."""

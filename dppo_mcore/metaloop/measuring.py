@@ -44,7 +44,7 @@ def measure(run: Run, phase: PhasePlan, ids: list[str], n: int) -> None:
                 label=f"{phase.name}/{number}",
                 recorded=recorded,
                 record=lambda new, number=number: run.ledger.record_rollouts(phase.name, number, new),
-                upcoming=ids[start + CHUNK : start + CHUNK + run.config.data.decode_ahead],
+                upcoming=ids[start + CHUNK : start + 2 * CHUNK],
             )
             run.metrics.log(run.step, batch.metrics, phase=phase.name, phase_step=number)
             position.stop_if_asked(run)

@@ -150,14 +150,23 @@ def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None)
 
 
 def announce(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> None:
-    """Start decoding what will probably be asked for next, as far as it will probably be this replica's."""
+    """Start decoding this replica's share of what will probably be asked for next. Collective.
+
+    Where rank 0 knows every frame plan it divides as it will then; else each replica takes the clips it is home to.
+    """
     if not run.config.data.data_workers:
         return
     replica, replicas = run.exchange.replica, run.exchange.replicas
     requests = [Request(run.sample(pool, name), horizon) for name in ids]
-    run.source.prefetch(request for request in requests if home_of(request, replicas) == replica)
-    if replicas > 1 and run.exchange.rank == 0:
-        run.source.plan_ahead(requests)
+    if replicas > 1:
+        parts = run.exchange.from_rank0(
+            lambda: divide(run.source, requests, replicas) if run.source.knows(requests) else None
+        )
+        if parts is None and run.exchange.rank == 0:
+            run.source.plan_ahead(requests)
+        at_home = (request for request in requests if home_of(request, replicas) == replica)
+        requests = list(at_home) if parts is None else [requests[number] for number in parts[replica]]
+    run.source.prefetch(requests)
 
 
 def my_share(run: Run, requests: Sequence[Request]) -> list[Request]:

@@ -9,6 +9,8 @@ import pytest
 
 from dppo_mcore.config import Config, DataConfig
 from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.loader import divide, home_of
+from dppo_mcore.data.messages import Request
 from dppo_mcore.metaloop.rolling import announce, load_prompts, owed
 from dppo_mcore.types import Media, Sample, Turn
 from tests.data.clips import write_clip
@@ -38,7 +40,12 @@ def test_what_comes_next_is_decoded_meanwhile(tiny_dir: str, tmp_path: Path) -> 
         future.result(60)
     assert list(load_prompts(run, list("0124"), "rl", 32.0)) == list("0124")
     assert source.counts["decode/pyav"] == 4 and not source._pending and not source._backlog
-    exchange.replicas = 2
-    announce(run, list("01234567"), "rl", 32.0)
-    assert 0 < len(source._pending) < 8
+    exchange.replicas, exchange.from_rank0 = 2, lambda ask: ask()
+    announce(run, list("01234567"), "rl", 32.0)  # 3, 5, 6 and 7 were never taken
+    home = {name for name, sample in samples.items() if home_of(Request(sample, 32.0), 2) == 0}
+    assert {key[0] for key in source._pending} == home and {key[0] for key in source._plans} == set("3567")
+    source.reset()
+    announce(run, list("0124"), "rl", 32.0)
+    mine = divide(source, [Request(samples[name], 32.0) for name in "0124"], 2)[0]
+    assert {key[0] for key in source._pending} == {"0124"[number] for number in mine} and len(mine) == 2
     source.close()
