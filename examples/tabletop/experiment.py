@@ -4,8 +4,8 @@
 
 Every arm is the product's own training with other options; a finished run is not run again, a stopped one goes on, so
 the same command completes what is missing. `--summary` only writes tables and plots from what is there.
-Budgets: arms with RL see about the same number of rollouts (`rl-only` has more RL steps in place of buffers and
-mining), arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
+Budgets: arms with RL see about the same number of rollouts (arms without buffers or mining have more RL steps in their
+place), arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Preset:
     """RL steps per loop of an arm with two loops."""
     rl_only_steps: int
     """The same of an arm without SFT: the steps beyond stand for a loop's buffer and mining."""
+    random_steps: int
+    """The same of an arm without a buffer: the steps beyond stand for it."""
     options: dict[str, object]
     jobs: int
     cache: Path
@@ -57,10 +59,10 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(900, 40, 60, {"buffer-samples": 1200, "eval-samples": 360, "sft-max-steps": 150}, 2,
+    "cpu": Preset(900, 40, 60, 52, {"buffer-samples": 1200, "eval-samples": 360, "sft-max-steps": 150}, 2,
                   ROOT / ".cache" / "tabletop"),
     # Clips of 25 frames a second, some 27 million parameters, and decoding by the GPU: for one H100 or H200.
-    "gpu": Preset(3000, 120, 160,
+    "gpu": Preset(3000, 120, 160, 128,
                   {"device": "cuda", "dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
                    "group-size": 16, "buffer-samples": 4000, "eval-samples": 720, "sft-max-steps": 400,
                    "base-sft-lr": 1e-3, "sft-lr": 6e-4, "rl-lr": 2e-4, "rollout-max-in-flight": 4096,
@@ -141,8 +143,9 @@ def base_options(preset: Preset) -> dict[str, object]:
 def arm_options(preset: Preset, arm: str, base: Path) -> dict[str, object]:
     """All options of an arm."""
     made = preset.common() | {"load": base, "base-sft-steps": 0} | ARMS[arm].options
-    if made.get("mode") == "rl-only":
-        made |= {"rl-min-steps": preset.rl_only_steps, "rl-max-steps": preset.rl_only_steps}
+    if made.get("sampling") == "random":
+        steps = preset.rl_only_steps if made.get("mode") == "rl-only" else preset.random_steps
+        made |= {"rl-min-steps": steps, "rl-max-steps": steps}
     return made
 
 

@@ -146,7 +146,7 @@ def test_the_large_base_loads_too(tmp_path: Path) -> None:
     assert 20e6 < sum(p.numel() for p in model.parameters()) < 40e6
 
 
-@pytest.mark.parametrize("preset", list(PRESETS.values()), ids=list(PRESETS))
+@pytest.mark.parametrize("preset", list(PRESETS.values()), ids=[f"preset-{name}" for name in PRESETS])
 def test_arms_of_a_preset_have_equal_lengths(preset: Preset, tmp_path: Path) -> None:
     """Every arm's options are real ones; arms with RL and SFT have as many steps of each."""
     lengths = {}
@@ -155,8 +155,10 @@ def test_arms_of_a_preset_have_equal_lengths(preset: Preset, tmp_path: Path) -> 
         config = load(flags[flags.index("--config") :], "train")
         assert config.practice.stagnation_threshold == 1.0
         lengths[arm] = (config.practice.rl_min_steps, config.practice.rl_max_steps, config.sft.sft_max_steps)
-    assert len({length for arm, length in lengths.items() if arm != "rl-only"}) == 1
-    assert lengths["rl-only"][0] == lengths["rl-only"][1] > lengths["dppo"][1] == lengths["dppo"][0]
+    assert len({length for arm, length in lengths.items() if arm not in ("rl-only", "dppo-random")}) == 1
+    assert all(shortest == longest for shortest, longest, _ in lengths.values())
+    assert lengths["rl-only"][1] > lengths["dppo-random"][1] > lengths["dppo"][1]
+    assert lengths["dppo-random"][2] == lengths["dppo"][2]
     flags = command(tmp_path / "base", 1, base_options(preset))
     assert load(flags[flags.index("--config") :], "train").sft.base_sft_steps == preset.base_steps
 
