@@ -63,7 +63,7 @@ PRESETS = {
                   ROOT / ".cache" / "tabletop"),
     # Clips of 25 frames a second, some 27 million parameters, and decoding by the GPU: for one H100 or H200.
     "gpu": Preset(3000, 120, 160, 128,
-                  {"device": "cuda", "dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
+                  {"dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
                    "group-size": 16, "buffer-samples": 4000, "eval-samples": 720, "sft-max-steps": 400,
                    "base-sft-lr": 1e-3, "sft-lr": 6e-4, "rl-lr": 2e-4, "rollout-max-in-flight": 4096,
                    "max-tokens-per-micro-batch": 32768},
