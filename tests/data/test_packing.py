@@ -172,7 +172,8 @@ def test_balance(costs: list[int], ranks: int, homes_seed: int | None) -> None:
     loads = [sum(costs[item] for item in part) for part in parts]
     in_order = sorted(costs, reverse=True)
     bound = max(sum(costs) / ranks, max(costs), sum(in_order[ranks - 1 : ranks + 1]) if len(costs) > ranks else 0)
-    assert max(loads) <= (4 / 3 * bound + 1) * (1 if homes is None else 1.02)
+    most = max(sum(costs[item] for item in part) for part in balance(costs, ranks))
+    assert most <= 4 / 3 * bound + 1 and max(loads) <= most * (1 if homes is None else 1.02)
     assert imbalance(costs, parts) == pytest.approx(max(loads) * ranks / sum(costs))
 
 
