@@ -177,6 +177,12 @@ def test_balance(costs: list[int], ranks: int, homes_seed: int | None) -> None:
     assert imbalance(costs, parts) == pytest.approx(max(loads) * ranks / sum(costs))
 
 
+def test_homes_give_way_to_balance() -> None:
+    """Where going home would load a rank more than the division without homes does, nobody goes home."""
+    costs, homes = [4, 7, 8, 5, 6, 8], [1, 0, 0, 0, 1, 0]
+    assert balance(costs, 2, homes) == balance(costs, 2)
+
+
 def test_what_comes_again_goes_home() -> None:
     """Of equal items in batches of 16, four in five or more go home, and every rank has as many all the same."""
     dice = random.Random(5)
