@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data import errors
-from dppo_mcore.data.cache import PlanCache
+from dppo_mcore.data.cache import BoundedCache
 from dppo_mcore.data.errors import DataError, MediaError
 from dppo_mcore.data.frames import plan_key
 from dppo_mcore.data.messages import Answer, Request, Setup, Task, read_message, read_pixels, write_message
@@ -56,7 +56,7 @@ class PromptSource:
         self.counts: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self._ahead = max(data.decode_ahead, 1)
-        self._planned = PlanCache(PLANNED_TOKENS)
+        self._planned: BoundedCache[Prompt] = BoundedCache(PLANNED_TOKENS, lambda prompt: len(prompt.token_ids))
         self._backlog: OrderedDict[Hashable, Request] = OrderedDict()
         self._pending: OrderedDict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = OrderedDict()
         self._plans: dict[Hashable, Future[tuple[Answer, list[Tensor], list[Tensor]]]] = {}

@@ -3,68 +3,41 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
-from torch import Tensor
-
-from dppo_mcore.types import Prompt
+Value = TypeVar("Value")
 
 
-class PatchCache:
-    """uint8 patches by plan key, bounded in bytes."""
+class BoundedCache(Generic[Value]):
+    """Values by key, the sum of their sizes bounded: patches in bytes, planned prompts in tokens."""
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
+    def __init__(self, limit: int, size_of: Callable[[Value], int]) -> None:
+        self._limit = limit
+        self._size_of = size_of
         self._used = 0
-        self._patches: OrderedDict[str, Tensor] = OrderedDict()
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._patches
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
 
     def __len__(self) -> int:
-        return len(self._patches)
+        return len(self._values)
 
-    def get(self, key: str) -> Tensor | None:
-        """Patches of a key, now the most recently used; None where they are not kept."""
-        patches_PV = self._patches.get(key)
-        if patches_PV is not None:
-            self._patches.move_to_end(key)
-        return patches_PV
+    def get(self, key: Hashable) -> Value | None:
+        """The value of a key, now the most recently used; None where it isn't kept."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
 
-    def put(self, key: str, patches_PV: Tensor) -> None:
-        """Keep patches; what alone exceeds the limit is not kept."""
-        size = patches_PV.numel()
-        if key in self._patches or size > self._limit:
+    def put(self, key: Hashable, value: Value) -> None:
+        """Keep a value; what alone exceeds the limit is not kept."""
+        size = self._size_of(value)
+        if key in self._values or size > self._limit:
             return
-        self._patches[key] = patches_PV
+        self._values[key] = value
         self._used += size
         while self._used > self._limit:
-            _, oldest = self._patches.popitem(last=False)
-            self._used -= oldest.numel()
-
-
-class PlanCache:
-    """Planned prompts (token ids and frame plans, nothing decoded) by request key, bounded in tokens."""
-
-    def __init__(self, limit_tokens: int) -> None:
-        self._limit = limit_tokens
-        self._used = 0
-        self._prompts: OrderedDict[Hashable, Prompt] = OrderedDict()
-
-    def get(self, key: Hashable) -> Prompt | None:
-        """The prompt of a key, now the most recently used; None where it isn't kept."""
-        prompt = self._prompts.get(key)
-        if prompt is not None:
-            self._prompts.move_to_end(key)
-        return prompt
-
-    def put(self, key: Hashable, prompt: Prompt) -> None:
-        """Keep a prompt; what alone exceeds the limit is not kept."""
-        size = len(prompt.token_ids)
-        if key in self._prompts or size > self._limit:
-            return
-        self._prompts[key] = prompt
-        self._used += size
-        while self._used > self._limit:
-            _, oldest = self._prompts.popitem(last=False)
-            self._used -= len(oldest.token_ids)
+            _, oldest = self._values.popitem(last=False)
+            self._used -= self._size_of(oldest)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dppo_mcore.config import DataConfig
-from dppo_mcore.data.cache import PatchCache
+from dppo_mcore.data.cache import BoundedCache
 from dppo_mcore.data.chat import MEDIA_TOKENS, PADS, Chat
 from dppo_mcore.data.decode import Decoder, make_decoder
 from dppo_mcore.data.errors import DataError
@@ -33,7 +33,7 @@ class Processor:
         self.geometry = load_geometry(model_dir)
         self.chat = Chat(model_dir)
         self.decoder: Decoder = make_decoder(data.decoder, device or torch.device("cpu"))
-        self.cache = PatchCache(data.media_cache_mib << 20)
+        self.cache: BoundedCache[Tensor] = BoundedCache(data.media_cache_mib << 20, Tensor.numel)
         self.plans: OrderedDict[tuple[Media, float | None], FramePlan] = OrderedDict()
         self.eos_ids = _eos_ids(Path(model_dir), self.chat)
         self.banned_ids = tuple(self.chat.special[token] for token in MEDIA_TOKENS if token in self.chat.special)

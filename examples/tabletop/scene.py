@@ -94,7 +94,7 @@ class Scene:
         """Share of the way that the move's block has gone at `time`."""
         done = (time - move.start) / (move.end - move.start)
         shown = CUT if move is self.moves[-1] else 1.0
-        return min(max((done - APPROACH) / (1 - APPROACH), 0.0), 1.0) * shown
+        return float(np.clip((done - APPROACH) / (1 - APPROACH), 0.0, 1.0)) * shown
 
     def centre(self, cell: Cell, block: int) -> np.ndarray:
         """Where a block rests in a cell; in the box it is nearly centred."""

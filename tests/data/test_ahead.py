@@ -13,9 +13,9 @@ import torch
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data.ahead import PromptSource
-from dppo_mcore.data.cache import PlanCache
+from dppo_mcore.data.cache import BoundedCache
 from dppo_mcore.data.messages import Request
-from dppo_mcore.types import Media, Sample, Turn
+from dppo_mcore.types import Media, Prompt, Sample, Turn
 from tests.data.clips import write_clip
 
 
@@ -136,12 +136,12 @@ def test_planned_prompts_are_bounded(requests: list[Request], tiny_dir: str) -> 
     """In tokens, the least recently used first; what never fits isn't kept."""
     prompt = PromptSource(tiny_dir, DataConfig(data_workers=0)).plan(requests[0])
     size = len(prompt.token_ids)
-    cache = PlanCache(3 * size)
+    cache: BoundedCache[Prompt] = BoundedCache(3 * size, lambda kept: len(kept.token_ids))
     for key in range(3):
         cache.put(key, prompt)
     assert cache.get(0) is prompt
     cache.put(3, prompt)
     assert cache.get(1) is None and all(cache.get(key) is prompt for key in (0, 2, 3))
-    small = PlanCache(size - 1)
+    small: BoundedCache[Prompt] = BoundedCache(size - 1, lambda kept: len(kept.token_ids))
     small.put(0, prompt)
     assert small.get(0) is None
