@@ -18,7 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+from examples.tabletop.make_world import WorldOptions, make_world  # noqa: E402  after the path
+
 CACHE = ROOT / ".cache" / "tabletop"
+WORLD = WorldOptions(clips_base=4000, camera_share=0.1)
 CONFIG = "examples/tiny.yaml"
 HONESTY = """\
 The base is made inconsistent on purpose: half of its answers are in a style the verifier rejects, a fifth of its labels
@@ -26,13 +30,12 @@ are wrong, and planning is withheld. From a clean base RL would only sharpen wha
 pre-trained: the weights start random and all that follows happens in this run."""
 
 
-def prepare(cache: Path = CACHE, size: str = "small", fps: int = 2) -> None:
+def prepare(cache: Path = CACHE, size: str = "small", world: WorldOptions = WORLD) -> None:
     """Make the data set and the random checkpoint where they aren't there yet."""
     from examples.tabletop.make_base import make_base
-    from examples.tabletop.make_world import WorldOptions, make_world
 
     began = time.monotonic()
-    summary = make_world(cache / "world", WorldOptions(fps=fps), workers=os.cpu_count() or 2)
+    summary = make_world(cache / "world", world, workers=os.cpu_count() or 2)
     if not (cache / "base" / "config.json").exists():
         make_base(cache / "base", size=size)
     print(f"tabletop: {summary['clips']} clips, {summary['rows']['pool']} questions to practise on, "

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from examples.tabletop.make_world import WorldOptions  # noqa: E402  after the path
+
 CONFIG = "examples/tiny.yaml"
 ALWAYS = {"stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60, "log-interval": 10}
 """Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
@@ -42,8 +44,8 @@ class Preset:
     options: dict[str, object]
     jobs: int
     cache: Path
+    world: WorldOptions
     size: str = "small"
-    clip_fps: int = 2
 
     def common(self) -> dict[str, object]:
         """Options of all arms."""
@@ -60,14 +62,14 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(900, 40, 60, 52, {"buffer-samples": 1200, "eval-samples": 360, "sft-max-steps": 150}, 2,
-                  ROOT / ".cache" / "tabletop"),
+                  ROOT / ".cache" / "tabletop-experiment", WorldOptions()),
     # Clips of 25 frames a second, some 27 million parameters, and decoding by the GPU: for one H100 or H200.
     "gpu": Preset(3000, 120, 160, 128,
                   {"dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
                    "group-size": 16, "buffer-samples": 4000, "eval-samples": 720, "sft-max-steps": 400,
                    "base-sft-lr": 1e-3, "sft-lr": 6e-4, "rl-lr": 2e-4, "rollout-max-in-flight": 4096,
                    "max-tokens-per-micro-batch": 32768},
-                  1, ROOT / ".cache" / "tabletop-large", "large", 25),
+                  1, ROOT / ".cache" / "tabletop-large", WorldOptions(fps=25), "large"),
 }  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def main() -> int:
     if not arguments.summary:
         from examples.tabletop.demo import prepare
 
-        prepare(preset.cache, preset.size, preset.clip_fps)
+        prepare(preset.cache, preset.size, preset.world)
         with ThreadPoolExecutor(arguments.jobs or preset.jobs) as queue:
             bases = {seed: queue.submit(make_base, preset, out, seed) for seed in arguments.seeds}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +47,9 @@ class WorldOptions:
     vp9_share: float = 0.2
     """Share of clips encoded as VP9; the rest are h264."""
     fps: int = 2
+    camera_fps: int = 25
+    camera_share: float = 0.0
+    """Share of pool and evaluation clips at `camera_fps` frames a second; the rest have `fps` and are made faster."""
     rejected_style: float = 0.5
     """Share of base answers that end in "unsure", the answer proper inside the thought."""
     bare_style: float = 0.15
@@ -163,12 +167,23 @@ def make_clips(out: Path, split: Split, count: int, options: WorldOptions, worke
     folder = out / "clips" / split
     folder.mkdir(parents=True, exist_ok=True)
     vp9 = round(1 / options.vp9_share) if options.vp9_share else 0
+    camera = np.random.default_rng([options.seed, 25]).random(count) < (0 if split == "base" else options.camera_share)
     named = [(scene, f"clips/{split}/{k:05d}.{'webm' if vp9 and k % vp9 == 0 else 'mp4'}")
              for k, scene in enumerate(drawn)]  # fmt: skip
-    jobs = [(scene, str(out / path), options.fps) for scene, path in named if not (out / path).exists()]
+    rates = np.where(camera, options.camera_fps, options.fps).tolist()
+    jobs = [(scene, str(out / path), fps) for (scene, path), fps in zip(named, rates, strict=True)
+            if not (out / path).exists()]  # fmt: skip
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(_encode, jobs, chunksize=32))
     return named
+
+
+def _clear_other_clips(out: Path, wanted: dict[str, Any]) -> None:
+    """Note what is being made; clips that an unfinished or earlier call made with other options are removed."""
+    making = out / "making.json"
+    if not making.exists() or json.loads(making.read_text()) != wanted:
+        shutil.rmtree(out / "clips", ignore_errors=True)
+        making.write_text(json.dumps(wanted))
 
 
 def make_world(out: Path, options: WorldOptions, workers: int = 2) -> dict[str, Any]:
@@ -178,6 +193,7 @@ def make_world(out: Path, options: WorldOptions, workers: int = 2) -> dict[str, 
     if summary_file.exists() and json.loads(summary_file.read_text())["options"] == wanted:
         return json.loads(summary_file.read_text())
     out.mkdir(parents=True, exist_ok=True)
+    _clear_other_clips(out, wanted)
     started = time.perf_counter()
     rng = np.random.default_rng(options.seed)
     rows: dict[str, int] = {}

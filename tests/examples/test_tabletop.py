@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from examples.tabletop.questions import GENERAL_KINDS, KINDS, VOCABULARY, ask
 from examples.tabletop.render import PIXELS, render
 from examples.tabletop.scene import BOX, CUT, LEVELS, SPLIT_SHARES, make_scene, scenes, split_of
 
-OPTIONS = WorldOptions(clips_base=40, clips_pool=45, clips_eval=20, general=60, general_eval=20)
+OPTIONS = WorldOptions(clips_base=40, clips_pool=45, clips_eval=20, general=60, general_eval=20, camera_share=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +91,34 @@ def test_the_base_is_inconsistent_and_never_plans(world: Path) -> None:
     assert not any(text.endswith("list all moves in order ?") for text in asked) and WITHHELD == "plan"
 
 
-def test_files_are_real_clips_of_both_codecs_and_lengths(world: Path) -> None:
-    found = set()
-    for path in sorted((world / "clips" / "pool").iterdir()):
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = sum(1 for _ in container.decode(stream))
-            found.add((stream.codec_context.name, frames))
-            assert (stream.width, stream.height) == (PIXELS, PIXELS) and stream.average_rate == 2
-    assert {name for name, _ in found} == {"h264", "libvpx-vp9"} or {name for name, _ in found} == {"h264", "vp9"}
-    assert {frames for _, frames in found} == {64, 128}
+def clip(path: Path) -> tuple[str, int, int]:
+    """Codec, frames and frames a second of a file."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (PIXELS, PIXELS)
+        codec = "vp9" if "vp9" in stream.codec_context.name else stream.codec_context.name
+        return codec, sum(1 for _ in container.decode(stream)), int(stream.average_rate or 0)
+
+
+def test_files_are_real_clips_of_both_codecs_lengths_and_rates(world: Path) -> None:
+    found = [clip(path) for split in ("pool", "eval") for path in sorted((world / "clips" / split).iterdir())]
+    assert {codec for codec, _, _ in found} == {"h264", "vp9"}
+    assert {(frames / rate, rate) for _, frames, rate in found} == {(32, 2), (64, 2), (32, 25), (64, 25)}
+    assert 0.05 < np.mean([rate == 25 for _, _, rate in found]) < 0.4
+    assert {clip(path)[2] for path in (world / "clips" / "base").iterdir()} == {2}
+
+
+def test_clips_made_with_other_options_are_made_again(tmp_path: Path) -> None:
+    """Also those of a call that was stopped before it wrote its manifests."""
+    few = WorldOptions(clips_base=2, clips_pool=2, clips_eval=2, general=8, general_eval=4)
+    make_world(tmp_path, few, workers=1)
+    (tmp_path / "world.json").unlink()
+    kept = (tmp_path / "clips" / "pool" / "00001.mp4").stat().st_mtime_ns
+    make_world(tmp_path, few, workers=1)
+    assert (tmp_path / "clips" / "pool" / "00001.mp4").stat().st_mtime_ns == kept
+    (tmp_path / "world.json").unlink()
+    make_world(tmp_path, dataclasses.replace(few, fps=3), workers=1)
+    assert {clip(path)[2] for path in (tmp_path / "clips" / "pool").iterdir()} == {3}
 
 
 def test_the_picture_shows_what_the_answers_say() -> None:
@@ -167,5 +186,5 @@ def test_the_same_options_give_the_same_files(world: Path, tmp_path: Path) -> No
     make_world(tmp_path, OPTIONS, workers=1)
     for name in ("base", "pool", "eval", "general", "teacher"):
         assert (tmp_path / f"{name}.jsonl").read_text() == (world / f"{name}.jsonl").read_text()
-    clip = "clips/pool/00001.mp4"
-    assert (tmp_path / clip).read_bytes() == (world / clip).read_bytes()
+    name = "clips/pool/00001.mp4"
+    assert (tmp_path / name).read_bytes() == (world / name).read_bytes()
