@@ -32,6 +32,8 @@ class RunConfig:
     """Loops of RL then SFT."""
     last_sft: bool = False
     """End the last loop with an SFT phase too (the paper's ends on RL)."""
+    note: str = ""
+    """What a reader of the run's log and report should know about it."""
 
     def seed_of(self, label: str) -> int:
         """A seed in [0, 2**31) for one named use, the same in every process."""
@@ -232,6 +234,8 @@ class SftConfig:
     """SFT steps on `base_data` before the first loop, to make a base from scratch."""
     base_sft_lr: float = 1e-5
     """Learning rate of that first SFT."""
+    base_sft_shuffle: bool = True
+    """Shuffle `base_data` in every pass; if not, its rows are learnt in their order."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def train(config: Config) -> None:
     from dppo_mcore.metaloop.run import close_run, open_run
 
     run = open_run(config)
+    if config.run.note:
+        run.say(config.run.note)
     plan_phases(run)
     place = position.find_again(run)
     measuring.fill_gaps(run)

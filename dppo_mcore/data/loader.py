@@ -19,9 +19,9 @@ PATH_PARTS = 3
 
 
 class Order:
-    """An endless sequence of item numbers: every epoch a permutation drawn from (seed, epoch)."""
+    """An endless sequence of item numbers: every epoch a permutation drawn from (seed, epoch), or as they stand."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int | None) -> None:
         self.size = size
         self._epoch = lru_cache(maxsize=2)(self._draw)
         self._seed = seed
@@ -33,6 +33,8 @@ class Order:
         return [int(self._epoch(place // self.size)[place % self.size]) for place in range(start, start + count)]
 
     def _draw(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(self.size)
         return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self.size)
 
 
@@ -63,11 +65,11 @@ def divide(source: PromptSource, requests: Sequence[Request], ranks: int) -> lis
 class Batches:
     """Global batches of `batch_size` out of `size` conversations, this replica's share of each decoded.
 
-    What comes next depends on seed and `step` only: a run that was killed goes on by starting at its step. `request`
-    makes conversation number i; `share` picks this replica's part of a step's requests, the same way on all ranks, and
-    is called for every step in order; `plans` says that it plans on this rank. The step after the one asked for is
-    decoded meanwhile, and the one after that is planned. Damaged samples are left out (and are in the source's
-    quarantine): a batch is smaller by them.
+    What comes next depends on seed (None: conversations as they stand) and `step` only: a killed run goes on by
+    starting at its step. `request` makes conversation number i; `share` picks this replica's part of a step's requests,
+    the same way on all ranks, and is called for every step in order; `plans` says that it plans on this rank. The step
+    after the one asked for is decoded meanwhile, and the one after that is planned. Damaged samples are left out (and
+    are in the source's quarantine): a batch is smaller by them.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Batches:
         request: Callable[[int], Request],
         size: int,
         batch_size: int,
-        seed: int,
+        seed: int | None,
         share: Callable[[Sequence[Request]], Sequence[Request]] = list,
         plans: bool = False,
         step: int = 0,

@@ -37,9 +37,9 @@ def base_lessons(run: Run) -> list[Lesson]:
 
 
 def learn(
-    run: Run, phase: PhasePlan, lessons: Sequence[Lesson], steps: int, lr: float, done: int, shuffle_seed: int
+    run: Run, phase: PhasePlan, lessons: Sequence[Lesson], steps: int, lr: float, done: int, shuffle_seed: int | None
 ) -> None:
-    """`steps` SFT steps over seeded passes through the lessons; `done` of them are in the loaded checkpoint."""
+    """`steps` SFT steps in passes over the lessons, shuffled if there is a seed; the loaded checkpoint has `done`."""
     size = run.config.sft.global_batch_size
     if done == 0:
         run.learner.begin_phase(phase.name, lr, steps)
@@ -88,7 +88,8 @@ def make_base(run: Run, phase: PhasePlan, done: int) -> None:
     """SFT on `base_data` before the first loop."""
     lessons = base_lessons(run)
     sft = run.config.sft
-    learn(run, phase, lessons, sft.base_sft_steps, sft.base_sft_lr, done, run.config.run.seed_of("base"))
+    seed = run.config.run.seed_of("base") if sft.base_sft_shuffle else None
+    learn(run, phase, lessons, sft.base_sft_steps, sft.base_sft_lr, done, seed)
 
 
 def study(run: Run, phase: PhasePlan, done: int) -> None:

@@ -7,6 +7,8 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import yaml
+
 from dppo_mcore.report.read import Run, read_metrics
 from dppo_mcore.report.statistics import thin, wilson
 
@@ -158,10 +160,21 @@ def corpus(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _note(config: str) -> str:
+    """What the configuration has to say to readers; nothing if it isn't one."""
+    try:
+        found = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return ""
+    section = found.get("run") if isinstance(found, dict) else None
+    return str(section.get("note") or "") if isinstance(section, dict) else ""
+
+
 def facts(run: Run) -> dict[str, Any]:
     """Counts for the header, and the resolved configuration."""
     one = lambda query: run.rows(query)[0][0] or 0  # noqa: E731
-    config = run.folder / "config.yaml"
+    file = run.folder / "config.yaml"
+    config = file.read_text() if file.exists() else ""
     return {
         "name": run.folder.resolve().name,
         "rollouts": one("SELECT sum(trials) FROM success"),
@@ -171,7 +184,8 @@ def facts(run: Run) -> dict[str, Any]:
         "ended": one("SELECT max(coalesce(ended_at, started_at)) FROM phases"),
         "quarantine": [{"path": path, "reason": reason}
                        for path, reason in run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT 500")],
-        "config": config.read_text() if config.exists() else "",
+        "config": config,
+        "note": _note(config),
     }  # fmt: skip
 
 

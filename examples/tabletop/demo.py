@@ -22,12 +22,8 @@ if str(ROOT) not in sys.path:
 from examples.tabletop.make_world import WorldOptions, make_world  # noqa: E402  after the path
 
 CACHE = ROOT / ".cache" / "tabletop"
-WORLD = WorldOptions(clips_base=4000, camera_share=0.1)
+WORLD = WorldOptions(clips_base=4000, base_conversations=8000, base_consistent=0.7, camera_share=0.1)
 CONFIG = "examples/tiny.yaml"
-HONESTY = """\
-The base is made inconsistent on purpose: half of its answers are in a style the verifier rejects, a fifth of its labels
-are wrong, and planning is withheld. From a clean base RL would only sharpen what is there. Seeds are fixed, nothing is
-pre-trained: the weights start random and all that follows happens in this run."""
 
 
 def prepare(cache: Path = CACHE, size: str = "small", world: WorldOptions = WORLD) -> None:
@@ -82,7 +78,6 @@ def main() -> int:
     parser.add_argument("--tensor-parallel", action="store_true", help="two ranks share each layer, not the data")
     arguments, flags = parser.parse_known_args()
     began = time.monotonic()
-    print(HONESTY + "\n", flush=True)
     prepare()
     if arguments.tensor_parallel:
         flags += ["--tensor-model-parallel-size", "2"]

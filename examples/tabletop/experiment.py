@@ -26,7 +26,8 @@ if str(ROOT) not in sys.path:
 from examples.tabletop.make_world import WorldOptions  # noqa: E402  after the path
 
 CONFIG = "examples/tiny.yaml"
-ALWAYS = {"stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60, "log-interval": 10}
+ALWAYS = {"base-sft-shuffle": True, "stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60,
+          "log-interval": 10}  # fmt: skip
 """Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
 
 

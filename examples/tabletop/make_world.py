@@ -2,8 +2,9 @@
 
     python -m examples.tabletop.make_world --out DIR [--clips-base 2400 --clips-pool 2000 --clips-eval 240 ...]
 
-The three splits share no configuration (`scene.split_of`). The base-training manifest is inconsistent on purpose:
-half of its answers are in a style the verifier rejects, a fifth of its labels are wrong, and planning is withheld.
+The three splits share no configuration (`scene.split_of`). The base-training manifest is inconsistent on purpose, at
+least in its last rows: half of the answers are in a style the verifier rejects, a fifth of the labels are wrong.
+Planning is withheld in all of it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class WorldOptions:
     questions_per_clip: int = 3
     base_turns: int = 4
     """Questions per base-training conversation, all about one clip."""
+    base_conversations: int = 0
+    """Conversations about the base's clips, in turn and each time about other things; 0 is one a clip."""
+    base_consistent: float = 0.0
+    """Share of the base's conversations, the first, that are right and in the wanted style."""
     general: int = 1500
     general_eval: int = 200
     long_share: float = 0.25
@@ -105,12 +110,17 @@ def _inconsistent_answer(question: Question, wrong: Question, options: WorldOpti
 
 def base_rows(clips: list[tuple[Scene, str]], options: WorldOptions, rng: np.random.Generator) -> Iterator[dict]:
     """Conversations of several questions about one clip: the clip is computed once for all of them."""
-    for number, (scene, clip) in enumerate(clips):
+    count = options.base_conversations or len(clips)
+    for number in range(count):
+        scene, clip = clips[number % len(clips)]
         asked = [ask(scene, kind, rng) for kind in _kinds(rng, options.base_turns, withheld=True)]
         turns: list[dict[str, str]] = []
         for turn, question in enumerate(asked):
-            stranger = clips[int(rng.integers(len(clips)))][0]
-            answer = _inconsistent_answer(question, ask(stranger, question.kind, rng), options, rng)
+            if number < options.base_consistent * count:
+                answer = full_answer(question)
+            else:
+                stranger = clips[int(rng.integers(len(clips)))][0]
+                answer = _inconsistent_answer(question, ask(stranger, question.kind, rng), options, rng)
             marker = "<video>" if turn == 0 else ""
             turns.append({"role": "user", "content": marker + question.text})
             turns.append({"role": "assistant", "content": answer})
@@ -143,11 +153,22 @@ def general_rows(count: int, seed: int, evaluation: bool) -> Iterator[dict]:
 
 
 def general_conversations(rows: list[dict], options: WorldOptions, rng: np.random.Generator) -> Iterator[dict]:
-    """The same questions as conversations of several turns, for the base: one for every four of its clips."""
-    for number in range(options.clips_base // 4):
+    """The same questions as conversations of several turns, for the base: one for every four of the others."""
+    for number in range((options.base_conversations or options.clips_base) // 4):
         picked = [rows[int(k)] for k in rng.integers(len(rows), size=options.base_turns)]
         turns = [turn for row in picked for turn in row["messages"]]
         yield {**picked[-1], "id": f"base-{GENERAL}-{number:05d}", "messages": turns}
+
+
+def base_mix(clips: list[tuple[Scene, str]], general: list[dict], options: WorldOptions, rng: np.random.Generator) -> (
+    list[dict]
+):  # fmt: skip
+    """The base's conversations, shuffled; consistent ones stay before the others, each with their share of general."""
+    shown = list(base_rows(clips, options, rng))
+    texts = list(general_conversations(general, options, rng))
+    cuts = [round(options.base_consistent * len(rows)) for rows in (shown, texts)]
+    first, then = shown[: cuts[0]] + texts[: cuts[1]], shown[cuts[0] :] + texts[cuts[1] :]
+    return [rows[k] for rows in (first, then) for k in rng.permutation(len(rows))]
 
 
 def _write(path: Path, rows: Iterator[dict] | list[dict]) -> int:
@@ -202,8 +223,7 @@ def make_world(out: Path, options: WorldOptions, workers: int = 2) -> dict[str, 
     held_out = make_clips(out, "eval", options.clips_eval, options, workers)
     clip_seconds = time.perf_counter() - started
     general = list(general_rows(options.general, options.seed, evaluation=False))
-    base_mix = [*base_rows(base, options, rng), *general_conversations(general, options, rng)]
-    rows["base"] = _write(out / "base.jsonl", [base_mix[k] for k in rng.permutation(len(base_mix))])
+    rows["base"] = _write(out / "base.jsonl", base_mix(base, general, options, rng))
     questions = list(question_rows(pool, options, rng, "pool"))
     rows["pool"] = _write(out / "pool.jsonl", [row for row, _ in questions])
     rows["teacher"] = _write(out / "teacher.jsonl", [{"id": row["id"], "answer": a} for row, a in questions])

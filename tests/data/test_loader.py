@@ -195,6 +195,10 @@ def test_every_epoch_is_a_permutation() -> None:
     assert order.slots(7, 9) == whole[7:16]
 
 
+def test_without_a_seed_rows_come_as_they_stand() -> None:
+    assert Order(10, seed=None).slots(7, 16) == [7, 8, 9, *range(10), 0, 1, 2]
+
+
 def test_nothing_to_learn_is_no_error(tiny_dir: str) -> None:
     """A loop that found no weakness runs zero steps; asking for one names the cause."""
     source = PromptSource(tiny_dir, DataConfig(data_workers=0))

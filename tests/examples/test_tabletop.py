@@ -100,6 +100,22 @@ def clip(path: Path) -> tuple[str, int, int]:
         return codec, sum(1 for _ in container.decode(stream)), int(stream.average_rate or 0)
 
 
+def test_a_base_may_be_consistent_first(tmp_path: Path) -> None:
+    """What comes first is right and in the wanted style, clips come again with other questions, planning never."""
+    options = dataclasses.replace(OPTIONS, base_conversations=100, base_consistent=0.6)
+    make_world(tmp_path, options, workers=1)
+    found = rows(tmp_path, "base")
+    about_clips = [row for row in found if row["media"]]
+    assert len(found) == 125 and len(about_clips) == 100
+    assert len({row["media"][0]["path"] for row in about_clips}) == 40
+    assert len({row["messages"][0]["content"] + row["media"][0]["path"] for row in about_clips}) > 85
+    said = ["".join(turn["content"] for turn in row["messages"] if turn["role"] == "assistant") for row in about_clips]
+    assert sum(row["media"] == [] for row in found[:75]) == 15
+    assert all(text.count("<answer>") == 4 and "unsure" not in text for text in said[:60])
+    assert np.mean(["unsure" in text or text.count("<answer>") < 4 for text in said[60:]]) > 0.8
+    assert not any("list all moves" in turn["content"] for row in found for turn in row["messages"])
+
+
 def test_files_are_real_clips_of_both_codecs_lengths_and_rates(world: Path) -> None:
     found = [clip(path) for split in ("pool", "eval") for path in sorted((world / "clips" / split).iterdir())]
     assert {codec for codec, _, _ in found} == {"h264", "vp9"}

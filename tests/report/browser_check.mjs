@@ -37,6 +37,7 @@ Object.assign(result, await page.evaluate(() => ({
   ready: performance.now(),
   figures: document.querySelectorAll("main figure svg").length,
   title: document.querySelector("h1").textContent,
+  lead: document.querySelector("#summary .lead")?.textContent ?? "",
 })));
 await shoot("top");
 await shoot("whole", true);

@@ -151,7 +151,9 @@ def make_run(folder: Path, rollouts: int = 4000, clips: int = 24, seed: int = 0)
                 "UPDATE phases SET started_at = ?, ended_at = ? WHERE name = ?", (began, clock, name)
             )
         ledger.quarantine(str(folder / "media" / "broken.mp4"), pool[0].id, f"truncated: 3 of 64 frames {HOSTILE}")
-    (folder / "config.yaml").write_text("run:\n  run: synthetic\npractice:\n  stagnation_threshold: 0.7\n")
+    (folder / "config.yaml").write_text(
+        "run:\n  run: synthetic\n  note: Made up & <b>counted</b>.\npractice:\n  stagnation_threshold: 0.7\n"
+    )
     return folder
 
 

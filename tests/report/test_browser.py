@@ -86,6 +86,7 @@ def test_a_report_of_100k_rollouts(tmp_path: Path, node_modules: Path) -> None:
     result = check(report, node_modules, TOOLS / "shots-100k")
     judge(result)
     checks = result["checks"]
+    assert result["lead"] == "Made up & <b>counted</b>."
     assert checks["taught"] > 0 and checks["unsolved"] > 0
     assert checks["hostile"] == 1 and checks["hostileText"] and checks["inserted"] == 0
 
@@ -94,7 +95,9 @@ def test_the_report_of_a_demo_run(node_modules: Path) -> None:
     """RUN of the environment, by default the demo's, which `make test-report` makes first."""
     run = Path(os.environ.get("RUN", ROOT / "runs" / "demo"))
     assert (run / "ledger.sqlite").exists(), f"no run at {run}: make demo first, or set RUN"
-    judge(check(write(run, run / "report.html"), node_modules, TOOLS / "shots-demo"))
+    result = check(write(run, run / "report.html"), node_modules, TOOLS / "shots-demo")
+    judge(result)
+    assert "inconsistent on purpose" in result["lead"]
 
 
 def test_a_followed_run_keeps_the_readers_place(tmp_path: Path, node_modules: Path) -> None:

@@ -68,6 +68,7 @@ def test_overview_agrees_with_the_ledger(run: Path) -> None:
     opened = open_run(run)
     data = overview(opened)
     rollouts = opened.rows("SELECT count(*) FROM rollouts")[0][0]
+    assert data["facts"]["note"] == "Made up & <b>counted</b>."
     assert data["facts"]["rollouts"] == rollouts == sum(p["rollouts"] for p in data["phases"])
     last = [entry for entry in data["evaluations"] if entry["name"] == "eval"][-1]
     query = ("SELECT sum(success), count(*) FROM evaluation_answers WHERE name = 'eval' AND phase = "

@@ -31,6 +31,7 @@ function summary() {
   const done = DATA.phases.filter((phase) => phase.state === "done").length;
   add("Phases done", `${done} of ${DATA.phases.length}`, DATA.phases.find((phase) => phase.state === "running")?.name);
   if (facts.ended > facts.started) add("Wall time", duration(facts.ended - facts.started));
+  if (facts.note) body("summary").append(lead(facts.note));
   body("summary").append(node("dl", { cls: "figures" }, figures));
 }
 
