@@ -91,7 +91,7 @@ class DataConfig:
     general_data: str = ""
     """Manifest of general data, replayed in SFT against forgetting."""
     base_data: str = ""
-    """Manifest for `sft-only`, and for the optional first SFT that makes a base from scratch."""
+    """Manifest for the optional first SFT (`base_sft_steps`) that makes a base from scratch."""
     eval_data: str = ""
     """Held-out manifest evaluated after every phase."""
     eval_general_data: str = ""
@@ -161,11 +161,11 @@ class RolloutConfig:
     engine_memory_fraction: float = 0.75
     """Share of GPU memory the engine may take."""
     engine_options: tuple[str, ...] = ()
-    """Further options of the engine itself, NAME=VALUE each (SGLang's or vLLM's own names)."""
+    """Further options of SGLang itself, NAME=VALUE each; a server given by URL has its own."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are those of the tempered distribution."""
     top_p: float = 1.0
-    """Nucleus; below 1 the log-probs are those of the renormalised distribution."""
+    """Nucleus; below 1 the embedded engine's log-probs are those of the renormalised distribution, SGLang's are not."""
     top_k: int = 0
     """Most likely tokens kept; 0 keeps all."""
     stop: tuple[str, ...] = ()
@@ -267,7 +267,7 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = True
     """Reduce gradients over data-parallel ranks while the backward pass still runs."""
     offload: bool = False
-    """Move weights, gradients and optimizer state to pinned memory while the engine generates."""
+    """Move gradients and optimizer state to pinned memory while the engine generates; it sleeps otherwise."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def train(config: Config) -> None:
                 measuring.find_weaknesses(run, phase)
             case "sft":
                 sft_phase.study(run, phase, done)
+        if run.exchange.rank == 0:
+            run.ledger.publish()
     run.say(f"finished; report: python -m dppo_mcore.report {run.folder}")
     close_run(run)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dppo_mcore.metaloop.rolling import greedy, roll_out
 from dppo_mcore.metaloop.run import Run
-from dppo_mcore.metaloop.weights import push
+from dppo_mcore.metaloop.weights import awake
 from dppo_mcore.practice.ledger import Evaluation
 from dppo_mcore.types import Sample, ScoredRollout
 
@@ -128,13 +128,13 @@ def answer_pool(run: Run, pool: str, limit: int = 0) -> tuple[list[Sample], list
     manifest = run.pools[pool]
     size = min(len(manifest), limit or len(manifest))
     by_id: dict[str, ScoredRollout] = {}
-    push(run)
     horizon = run.config.practice.horizons[-1]
-    for start in range(0, size, CHUNK):
-        ids = [manifest[row].id for row in range(start, min(start + CHUNK, size))]
-        label = f"eval {pool} {run.step}/{start}"
-        batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=label, sampling=greedy(run.sampling))
-        for answer in run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers]):
-            by_id[answer.rollout.sample_id] = answer
+    with awake(run):
+        for start in range(0, size, CHUNK):
+            ids = [manifest[row].id for row in range(start, min(start + CHUNK, size))]
+            label = f"eval {pool} {run.step}/{start}"
+            batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=label, sampling=greedy(run.sampling))
+            for answer in run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers]):
+                by_id[answer.rollout.sample_id] = answer
     samples = [sample for row in range(size) if (sample := manifest[row]).id in by_id]
     return samples, [by_id[sample.id] for sample in samples]

@@ -12,7 +12,7 @@ import numpy as np
 from dppo_mcore.metaloop import position
 from dppo_mcore.metaloop.rolling import roll_out
 from dppo_mcore.metaloop.run import Run
-from dppo_mcore.metaloop.weights import awake, push
+from dppo_mcore.metaloop.weights import awake
 from dppo_mcore.practice import curriculum, weakness
 from dppo_mcore.practice.difficulty import make_buffer
 from dppo_mcore.practice.ledger import PhasePlan
@@ -28,7 +28,6 @@ KEY_VARIABLE = "DPPO_TEACHER_API_KEY"
 def measure(run: Run, phase: PhasePlan, ids: list[str], n: int) -> None:
     """Roll every sample out `n` times under the present weights, into the ledger; resumable by chunk."""
     began = time.monotonic()
-    push(run)
     with awake(run):
         for number, start in enumerate(range(0, len(ids), CHUNK)):
             recorded = run.exchange.from_rank0(lambda number=number: run.ledger.rollouts(phase.name, number))

@@ -12,7 +12,7 @@ from dppo_mcore.metaloop import carrying, position
 from dppo_mcore.metaloop.evaluation import evaluate
 from dppo_mcore.metaloop.rolling import Batch, roll_out
 from dppo_mcore.metaloop.run import Run
-from dppo_mcore.metaloop.weights import awake, push
+from dppo_mcore.metaloop.weights import awake
 from dppo_mcore.practice import curriculum
 from dppo_mcore.practice.difficulty import Draw
 from dppo_mcore.practice.ledger import PhasePlan
@@ -32,7 +32,6 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         run.learner.keep_reference()
     draw, stagnation = _controller(run, phase, done)
     step = done
-    push(run)
     verdict = run.exchange.from_rank0(lambda: stagnation.verdict() if stagnation else None)
     reason = verdict.reason
     while not verdict.stop:
@@ -44,7 +43,6 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         batch = _step_groups(run, phase, ids, upcoming, step)
         result = rl_step(run.learner, batch.groups)
         step, run.step = step + 1, run.step + 1
-        push(run)
         verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))  # noqa: B023
         _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
         reason = verdict.reason

@@ -1,4 +1,4 @@
-"""The engine's weights and whose memory it is: pushing new versions, waking for rollouts, sleeping for training."""
+"""The engine's weights and whose memory it is: woken with present weights for rollouts, asleep while training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dppo_mcore.metaloop.run import Run
 from dppo_mcore.types import Prompt
 
 
-def push(run: Run) -> None:
+def _push(run: Run) -> None:
     """Make the engine answer with the trainer's present weights. The version is the run's step, so that a resumed
     run gives its answers the versions they would have had."""
     if run.engine.weight_version == run.step:
@@ -55,23 +55,25 @@ def _set_probe(run: Run) -> None:
 
 @contextmanager
 def awake(run: Run) -> Iterator[None]:
-    """Inside, the engine has the memory; with `--offload` gradients and optimizer state wait on the host meanwhile.
+    """Inside, the engine answers, with the present weights. Collective.
 
-    The weights stay: the trainer's tower encodes the clips, and the embedded engine samples from them.
+    With `--offload` it has the memory then: gradients and optimizer state wait on the host meanwhile. The trainer's
+    weights stay: its tower encodes the clips, and the embedded engine samples from them. After an error nothing is
+    brought back, as the run ends on it.
     """
     if not (_shares_memory(run) and isinstance(run.model, Learner)):
+        _push(run)
         yield
         return
     if run.offloader is None:
         run.offloader = Offloader(run.model)
     offloader = run.offloader
     stages = offloader.offload(keep_weights=True)
-    run.engine.wake(("kv_cache",))
-    try:
-        yield
-    finally:
-        run.engine.sleep()
-        stages = [*stages, *offloader.reload()]
-        figures = {f"time/offload/{stage.name}": stage.seconds for stage in stages}
-        figures |= {f"memory/offload/{stage.name}": float(stage.bytes) for stage in stages}
-        run.metrics.log(run.step, figures)
+    _push(run)
+    run.engine.wake()
+    yield
+    run.engine.sleep()
+    stages = [*stages, *offloader.reload()]
+    figures = {f"time/offload/{stage.name}": stage.seconds for stage in stages}
+    figures |= {f"memory/offload/{stage.name}": float(stage.bytes) for stage in stages}
+    run.metrics.log(run.step, figures)

@@ -62,6 +62,8 @@ class SampleRow:
     media: tuple[Mapping[str, Any], ...]
 
 
+COPY_SUFFIX = ".copy.sqlite"
+"""Of the copy for readers, `ledger.copy.sqlite`."""
 SAMPLE_BATCH = 4096
 """Samples held in memory while a large manifest is registered."""
 
@@ -150,11 +152,21 @@ class LedgerBase:
             self._depth = 0
 
     def backup(self, path: str | Path) -> None:
-        """A consistent copy, while the run goes on (for readers on file systems where the writer locks the file)."""
+        """A consistent copy, while the run goes on."""
         target = sqlite3.connect(path)
         with target:
             self.connection.backup(target)
         target.close()
+
+    def publish(self) -> Path | None:
+        """Where the file's lock keeps readers out, leave a copy for them; its path, or None where they can read."""
+        if self.connection.execute("PRAGMA locking_mode").fetchone()[0] != "exclusive":
+            return None
+        copy = self.path.with_name(self.path.stem + COPY_SUFFIX)
+        unfinished = copy.with_name(f".{copy.name}")
+        unfinished.unlink(missing_ok=True)
+        self.backup(unfinished)
+        return unfinished.replace(copy)
 
     def integrity(self) -> str:
         """SQLite's own check; "ok" where all is well."""

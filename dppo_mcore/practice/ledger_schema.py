@@ -146,7 +146,7 @@ def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Conn
     """Open the file. `kind` overrides the detected file system.
 
     WAL lets readers in while the run writes. On a network file system WAL is unsafe, so the writer takes the whole
-    file and keeps a rollback journal; readers then wait for the run to end or read a copy (`Ledger.backup`).
+    file and keeps a rollback journal; readers then have a copy as of the last finished phase (`Ledger.publish`).
     """
     if not write:
         if not path.exists():
@@ -161,8 +161,8 @@ def connect(path: Path, *, write: bool, kind: str | None = None) -> sqlite3.Conn
             connection.close()
             advice = "is it a run's ledger?"
             if "locked" in str(error):
-                advice = "on a network file system the run that writes it keeps it to itself; wait until that ends, or "
-                advice += "keep the run folder on a local disk"
+                advice = "on a network file system the run that writes it keeps it to itself; as of its last finished "
+                advice += "phase there is a copy beside it"
             raise LedgerError(f"{path} can't be read now ({error}): {advice}") from None
     else:
         connection = sqlite3.connect(path, timeout=60, isolation_level=None)

@@ -14,6 +14,7 @@ from dppo_mcore.report.statistics import thin, wilson
 
 MOST_POINTS = 400
 """Points per curve; longer ones are averaged over runs of steps."""
+AS_OF_COPY = "The run keeps its ledger to itself: what follows is as of its last finished phase."
 RATE_CLASSES = ("never", "up to 25%", "up to 50%", "up to 75%", "below 100%", "always")
 
 
@@ -185,7 +186,7 @@ def facts(run: Run) -> dict[str, Any]:
         "quarantine": [{"path": path, "reason": reason}
                        for path, reason in run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT 500")],
         "config": config,
-        "note": _note(config),
+        "note": " ".join(filter(None, (_note(config), AS_OF_COPY if run.as_of_copy else ""))),
     }  # fmt: skip
 
 

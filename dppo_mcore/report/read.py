@@ -28,6 +28,8 @@ class Run:
     ledger: sqlite3.Connection
     phases: dict[int, str]
     """Name by integer key, in order of the schedule."""
+    as_of_copy: bool = False
+    """Whether the ledger was locked, and its copy as of the last finished phase is read."""
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows of a query."""
@@ -39,23 +41,35 @@ class Run:
 
 
 def open_run(folder: Path) -> Run:
-    """Open RUN/ledger.sqlite for reading; the run may be going on."""
-    path = folder / "ledger.sqlite"
+    """Open RUN/ledger.sqlite for reading; the run may be going on, and leaves a copy where it locks readers out."""
+    path, copy = folder / "ledger.sqlite", folder / "ledger.copy.sqlite"
     if not path.exists():
         raise ReportError(f"no {path}: give the folder of a run (what --run was set to)")
-    ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30, check_same_thread=False)
     try:
-        version = ledger.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+        ledger, version = _open(path, 1.0 if copy.exists() else 30.0)
+        as_of_copy = False
     except sqlite3.OperationalError as error:
-        raise ReportError(
-            f"{path} can't be read ({error}); copy it with sqlite3 .backup and report on the copy"
-        ) from error
+        if "locked" not in str(error) or not copy.exists():
+            advice = "the run that writes it keeps it to itself until its first phase is done"
+            raise ReportError(f"{path} can't be read ({error})" + f"; {advice}" * ("locked" in str(error))) from error
+        ledger, version = _open(copy, 30.0)
+        as_of_copy = True
     if version is None or int(version[0]) != SCHEMA_VERSION:
         raise ReportError(f"{path} has schema {version and version[0]}, this report reads {SCHEMA_VERSION}")
     # One snapshot for all queries, however much a running job writes meanwhile.
     ledger.execute("BEGIN")
     phases = dict(ledger.execute("SELECT key, name FROM phases ORDER BY key"))
-    return Run(folder, ledger, phases)
+    return Run(folder, ledger, phases, as_of_copy)
+
+
+def _open(path: Path, patience: float) -> tuple[sqlite3.Connection, tuple[str] | None]:
+    """The ledger, and the version it has."""
+    ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=patience, check_same_thread=False)
+    try:
+        return ledger, ledger.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+    except BaseException:
+        ledger.close()
+        raise
 
 
 def text_of(stored: str | bytes) -> str:
@@ -80,6 +94,6 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 def state_token(folder: Path) -> str:
     """Changes whenever the run has written something."""
-    names = ("ledger.sqlite", "ledger.sqlite-wal", "metrics.jsonl")
+    names = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.copy.sqlite", "metrics.jsonl")
     stats = [(folder / name).stat() for name in names if (folder / name).exists()]
     return "-".join(f"{stat.st_size:x}.{stat.st_mtime_ns:x}" for stat in stats)

@@ -90,6 +90,7 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> Iterator[Rollout]:
         """Yield every answer once; see `base.Engine.generate`."""
+        self._require_awake()
         if self._damaged:
             raise EngineError(f"engine {self.name}: its last weight sync failed, so its weights are undefined")
         limit, media_ids = self.config.rollout.max_prompt_tokens, banned_ids(self.qwen)
@@ -300,11 +301,17 @@ class ServerEngine:
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of given answers; collective over the replica."""
+        self._require_awake()
         results = []
         for prompt, answer in zip(prompts, answers, strict=True):
             embeddings_MH = self.encoder.embeddings(prompt) if prompt.media and self.sends_embeddings else None
             results.append(self._on_leader(partial(self._score_one, prompt, answer, embeddings_MH)))
         return results
+
+    def _require_awake(self) -> None:
+        """What sleeps has no contents, and a server asked to use it ends or answers nonsense."""
+        if self._asleep:
+            raise EngineError(f"engine {self.name}: asked to answer while asleep ({', '.join(sorted(self._asleep))})")
 
     def _score_one(self, prompt: Prompt, answer: Sequence[int], embeddings_MH: Tensor | None) -> list[float]:
         shared = self.client.share(prompt, embeddings_MH, positions(prompt, self.qwen)) if prompt.media else None

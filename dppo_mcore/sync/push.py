@@ -99,6 +99,7 @@ class WeightSync:
         reports: list[SyncReport] = []
         self.engine.update_weights(version, lambda: reports.append(self._load(version)))
         if self.probe is not None:
+            self.engine.wake()
             prompt, answer, trainer = self.probe()
             limit = PROBE_TOLERANCE[self.config.model.dtype]
             verify.compare_logprobs(trainer, self.engine.score([prompt], [answer])[0], limit)

@@ -116,8 +116,11 @@ def test_two_ranks_go_through_every_phase(world: Path, tmp_path: Path, layout: d
 
 @pytest.mark.slow
 @pytest.mark.sglang
-def test_the_loop_runs_on_the_real_sglang(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_loop_runs_on_the_real_sglang(world: Path, tmp_path: Path, offload: bool) -> None:
+    """With `offload` engine and trainer take turns; the engine refuses to answer while it should sleep."""
     options = {
+        "offload": offload,
         "rollout_engine": "sglang",
         "rollout_python": SGLANG_PYTHON,
         "buffer_samples": 32,

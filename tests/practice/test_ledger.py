@@ -250,6 +250,14 @@ def test_network_file_systems_get_a_rollback_journal_and_an_exclusive_lock(tmp_p
     ledger.backup(tmp_path / "copy.sqlite")
     with Ledger(tmp_path / "copy.sqlite", write=False) as copy:
         assert len(copy.samples()) == len(SAMPLES)
+    assert ledger.publish() == tmp_path / "ledger.copy.sqlite" == ledger.publish()
+    with Ledger(tmp_path / "ledger.copy.sqlite", write=False) as copy:
+        assert len(copy.samples()) == len(SAMPLES)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_ledger_that_readers_can_open_is_not_copied(ledger: Ledger) -> None:
+    assert ledger.publish() is None and not list(ledger.path.parent.glob("*copy*"))
 
 
 def test_exports(ledger: Ledger, tmp_path: Path) -> None:

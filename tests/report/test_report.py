@@ -111,6 +111,22 @@ def test_pictures_are_there_for_the_chosen_samples(page: str) -> None:
     assert base64.b64decode(strips[0][0][1])[:2] == b"\xff\xd8"
 
 
+def test_a_ledger_its_run_keeps_to_itself_is_read_from_the_copy(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    whole = len(build(folder, Limits(frame_samples=0)))
+    with Ledger(folder / "ledger.sqlite", file_system="lustre") as ledger:
+        ledger.decide("1-1 RL", 1, "stagnation", {}, "so that the file is locked")
+        (folder / "ledger.copy.sqlite").unlink(missing_ok=True)
+        ledger.publish()
+        opened = open_run(folder)
+        facts = overview(opened)["facts"]
+        opened.close()
+        assert opened.as_of_copy and facts["rollouts"] > 0 and facts["note"].endswith("last finished phase.")
+        page = build(folder, Limits(frame_samples=0))
+    assert len(page) > 0.9 * whole
+    assert not open_run(folder).as_of_copy
+
+
 def test_the_page_asks_for_nothing_outside_itself(page: str) -> None:
     outside = re.sub(r'<script type="text/plain"[^<]*</script>', "", page)
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?:https?:)?//""", outside)

@@ -128,13 +128,15 @@ def test_stopping_early_leaves_nothing_running(engine: Any) -> None:
 
 
 def test_sleep_and_wake(engine: Any) -> None:
-    """By tags, twice over, right after answers; slept weights are undefined until the next push."""
+    """By tags, twice over, right after answers; asleep it refuses; slept weights are undefined until the next push."""
     assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
     engine.sleep(("kv_cache",))
     engine.sleep()
     assert engine.weight_version == -1
     engine.wake(("weights",))
     engine.push_again.__self__.push(1)
+    with pytest.raises(EngineError, match="asleep .kv_cache"):
+        list(engine.generate(requests(engine, 2, 2), SAMPLING))
     engine.wake()
     engine.wake()
     assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4

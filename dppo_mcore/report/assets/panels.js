@@ -22,7 +22,7 @@ function summary() {
   const figures = [];
   const add = (name, value, small, cls) => figures.push(node("div", {}, node("dt", {}, name), node("dd", { cls }, value, small ? node("small", {}, small) : null)));
   if (last) {
-    const sure = last.all.low > first.all.high;
+    const sure = last.all.low > first.all.high || last.all.high < first.all.low;
     add("Held-out success", percent(last.all.p, 1), `95%: ${percent(last.all.low, 1)} to ${percent(last.all.high, 1)}`);
     add("Change", change(first.all.p, last.all.p).replace(" points", ""), held.length < 2 ? "points; one evaluation so far" : `points; the intervals ${sure ? "are apart" : "overlap"}`, last.all.p >= first.all.p ? "up" : "down");
   }
