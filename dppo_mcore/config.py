@@ -234,8 +234,8 @@ class SftConfig:
     """SFT steps on `base_data` before the first loop, to make a base from scratch."""
     base_sft_lr: float = 1e-5
     """Learning rate of that first SFT."""
-    base_sft_shuffle: bool = True
-    """Shuffle `base_data` in every pass; if not, its rows are learnt in their order."""
+    base_sft_window: int = 0
+    """Rows of `base_data` in a row that are shuffled among each other: 0 is all, 1 keeps their order."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data_workers", "rollout_retries", "top_k", "clip_low", "clip_high", "kl_coef", "overlong_penalty_tokens",
-    "format_weight", "task_weight", "base_sft_steps", "weight_decay", "muon_momentum", "clip_grad",
+    "format_weight", "task_weight", "base_sft_steps", "base_sft_window", "weight_decay", "muon_momentum", "clip_grad",
     "lr_warmup_steps", "buffer_samples", "stagnation_min_prompts", "rl_min_steps", "teacher_budget",
     "teacher_requests_per_minute", "teacher_timeout_s", "teacher_patience_s", "teacher_temperature",
     "retrieval_neighbours", "mix_weak", "mix_retrieved", "mix_own", "mix_general", "reward_workers",

@@ -19,12 +19,15 @@ PATH_PARTS = 3
 
 
 class Order:
-    """An endless sequence of item numbers: every epoch a permutation drawn from (seed, epoch), or as they stand."""
+    """An endless sequence of item numbers: every epoch a permutation drawn from (seed, epoch).
 
-    def __init__(self, size: int, seed: int | None) -> None:
+    With a window only the items of every so many in a row change places: a curriculum keeps its course.
+    """
+
+    def __init__(self, size: int, seed: int, window: int = 0) -> None:
         self.size = size
         self._epoch = lru_cache(maxsize=2)(self._draw)
-        self._seed = seed
+        self._seed, self._window = seed, window
 
     def slots(self, start: int, count: int) -> list[int]:
         """Items at places start .. start + count of the sequence."""
@@ -33,9 +36,10 @@ class Order:
         return [int(self._epoch(place // self.size)[place % self.size]) for place in range(start, start + count)]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        if self._seed is None:
-            return np.arange(self.size)
-        return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self.size)
+        rng = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        starts = range(0, self.size, self._window or self.size)
+        ends = [*starts[1:], self.size]
+        return np.concatenate([start + rng.permutation(end - start) for start, end in zip(starts, ends, strict=True)])
 
 
 def home_of(request: Request, ranks: int) -> int:
@@ -65,8 +69,8 @@ def divide(source: PromptSource, requests: Sequence[Request], ranks: int) -> lis
 class Batches:
     """Global batches of `batch_size` out of `size` conversations, this replica's share of each decoded.
 
-    What comes next depends on seed (None: conversations as they stand) and `step` only: a killed run goes on by
-    starting at its step. `request` makes conversation number i; `share` picks this replica's part of a step's requests,
+    What comes next depends on seed (shuffled as in `Order`) and `step` only: a killed run goes on by starting at
+    its step. `request` makes conversation number i; `share` picks this replica's part of a step's requests,
     the same way on all ranks, and is called for every step in order; `plans` says that it plans on this rank. The step
     after the one asked for is decoded meanwhile, and the one after that is planned. Damaged samples are left out (and
     are in the source's quarantine): a batch is smaller by them.
@@ -78,11 +82,12 @@ class Batches:
         request: Callable[[int], Request],
         size: int,
         batch_size: int,
-        seed: int | None,
+        seed: int,
         share: Callable[[Sequence[Request]], Sequence[Request]] = list,
         plans: bool = False,
         step: int = 0,
         steps: int | None = None,
+        window: int = 0,
     ) -> None:
         self._source = source
         self._request = request
@@ -90,7 +95,7 @@ class Batches:
         self._share = share
         self._plans = plans
         self._steps = steps
-        self._order = Order(size, seed)
+        self._order = Order(size, seed, window)
         self.step = step
         """Number of the batch that comes next."""
         self._upcoming: Sequence[Request] | None = None

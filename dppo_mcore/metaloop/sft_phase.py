@@ -37,9 +37,9 @@ def base_lessons(run: Run) -> list[Lesson]:
 
 
 def learn(
-    run: Run, phase: PhasePlan, lessons: Sequence[Lesson], steps: int, lr: float, done: int, shuffle_seed: int | None
+    run: Run, phase: PhasePlan, lessons: Sequence[Lesson], steps: int, lr: float, done: int, seed: int, window: int = 0
 ) -> None:
-    """`steps` SFT steps in passes over the lessons, shuffled if there is a seed; the loaded checkpoint has `done`."""
+    """`steps` SFT steps over seeded passes through the lessons; `done` of them are in the loaded checkpoint."""
     size = run.config.sft.global_batch_size
     if done == 0:
         run.learner.begin_phase(phase.name, lr, steps)
@@ -50,11 +50,12 @@ def learn(
         lambda row: _request(run, lessons[row], phase.horizon),
         len(lessons),
         size,
-        shuffle_seed,
+        seed,
         share=lambda requests: my_share(run, requests),
         plans=run.exchange.replicas > 1 and run.exchange.rank == 0,
         step=done,
         steps=steps,
+        window=window,
     )
     step = done
     while step < steps:
@@ -88,8 +89,8 @@ def make_base(run: Run, phase: PhasePlan, done: int) -> None:
     """SFT on `base_data` before the first loop."""
     lessons = base_lessons(run)
     sft = run.config.sft
-    seed = run.config.run.seed_of("base") if sft.base_sft_shuffle else None
-    learn(run, phase, lessons, sft.base_sft_steps, sft.base_sft_lr, done, seed)
+    seed = run.config.run.seed_of("base")
+    learn(run, phase, lessons, sft.base_sft_steps, sft.base_sft_lr, done, seed, sft.base_sft_window)
 
 
 def study(run: Run, phase: PhasePlan, done: int) -> None:

@@ -195,8 +195,14 @@ def test_every_epoch_is_a_permutation() -> None:
     assert order.slots(7, 9) == whole[7:16]
 
 
-def test_without_a_seed_rows_come_as_they_stand() -> None:
-    assert Order(10, seed=None).slots(7, 16) == [7, 8, 9, *range(10), 0, 1, 2]
+def test_a_window_shuffles_neighbours_only() -> None:
+    order = Order(10, seed=3, window=4)
+    epochs = [order.slots(start, 10) for start in range(0, 100, 10)]
+    for epoch in epochs:
+        assert [sorted(epoch[k : k + 4]) for k in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+    assert Order(10, seed=3, window=1).slots(7, 6) == [7, 8, 9, 0, 1, 2]
+    assert Order(10, seed=3, window=99).slots(0, 50) == Order(10, seed=3).slots(0, 50)
 
 
 def test_nothing_to_learn_is_no_error(tiny_dir: str) -> None:
