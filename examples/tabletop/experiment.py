@@ -28,8 +28,8 @@ from examples.tabletop.make_world import WorldOptions  # noqa: E402  after the p
 CONFIG = "examples/tiny.yaml"
 ALWAYS = {"base-sft-window": 0, "stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60,
           "log-interval": 10,
-          "note": "The base is inconsistent on purpose: half of its answers are in a style the verifier rejects, a fifth "
-                  "of its labels are wrong, and planning is withheld."}  # fmt: skip
+          "note": "The base is inconsistent on purpose: half of its answers are in a style the verifier rejects, a "
+                  "fifth of its labels are wrong, and planning is withheld."}  # fmt: skip
 """Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
 
 
