@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,7 @@ def _serve(rank: int, world: int, port: int, connection: Connection) -> None:
             answer = ("result", function(*args, **kwargs))
         except BaseException:
             answer = ("error", traceback.format_exc())
+        gc.collect()  # groups that only garbage still holds keep threads, which poll
         connection.send(answer)
 
 
