@@ -191,6 +191,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_own_vision_is_refused_with_its_reason(
     tiny_dir: str, sglang_environment: str, tmp_path: Path, single_rank: None
 ) -> None:
