@@ -63,6 +63,15 @@ class WorldOptions:
     """Share of base answers that belong to another question of the same kind."""
     seed: int = 7
 
+    @property
+    def conversations(self) -> int:
+        """Conversations about the base's clips."""
+        return self.base_conversations or self.clips_base
+
+    def consistent(self, count: int) -> int:
+        """How many of `count` conversations, the first, are consistent."""
+        return round(self.base_consistent * count)
+
 
 LEVEL_SHARES: dict[Level, float] = {"trivial": 0.2, "normal": 0.65, "hard": 0.1, "impossible": 0.05}
 
@@ -110,13 +119,12 @@ def _inconsistent_answer(question: Question, wrong: Question, options: WorldOpti
 
 def base_rows(clips: list[tuple[Scene, str]], options: WorldOptions, rng: np.random.Generator) -> Iterator[dict]:
     """Conversations of several questions about one clip: the clip is computed once for all of them."""
-    count = options.base_conversations or len(clips)
-    for number in range(count):
+    for number in range(options.conversations):
         scene, clip = clips[number % len(clips)]
         asked = [ask(scene, kind, rng) for kind in _kinds(rng, options.base_turns, withheld=True)]
         turns: list[dict[str, str]] = []
         for turn, question in enumerate(asked):
-            if number < options.base_consistent * count:
+            if number < options.consistent(options.conversations):
                 answer = full_answer(question)
             else:
                 stranger = clips[int(rng.integers(len(clips)))][0]
@@ -154,7 +162,7 @@ def general_rows(count: int, seed: int, evaluation: bool) -> Iterator[dict]:
 
 def general_conversations(rows: list[dict], options: WorldOptions, rng: np.random.Generator) -> Iterator[dict]:
     """The same questions as conversations of several turns, for the base: one for every four of the others."""
-    for number in range((options.base_conversations or options.clips_base) // 4):
+    for number in range(options.conversations // 4):
         picked = [rows[int(k)] for k in rng.integers(len(rows), size=options.base_turns)]
         turns = [turn for row in picked for turn in row["messages"]]
         yield {**picked[-1], "id": f"base-{GENERAL}-{number:05d}", "messages": turns}
@@ -166,7 +174,7 @@ def base_mix(clips: list[tuple[Scene, str]], general: list[dict], options: World
     """The base's conversations, shuffled; consistent ones stay before the others, each with their share of general."""
     shown = list(base_rows(clips, options, rng))
     texts = list(general_conversations(general, options, rng))
-    cuts = [round(options.base_consistent * len(rows)) for rows in (shown, texts)]
+    cuts = [options.consistent(len(rows)) for rows in (shown, texts)]
     first, then = shown[: cuts[0]] + texts[: cuts[1]], shown[cuts[0] :] + texts[cuts[1] :]
     return [rows[k] for rows in (first, then) for k in rng.permutation(len(rows))]
 

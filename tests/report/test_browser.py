@@ -92,7 +92,7 @@ def test_a_report_of_100k_rollouts(tmp_path: Path, node_modules: Path) -> None:
 
 
 def test_the_report_of_a_demo_run(node_modules: Path) -> None:
-    """RUN of the environment, by default the demo's, which `make test-report` makes first."""
+    """RUN of the environment, by default the demo's, which `make demo` makes first."""
     run = Path(os.environ.get("RUN", ROOT / "runs" / "demo"))
     assert (run / "ledger.sqlite").exists(), f"no run at {run}: make demo first, or set RUN"
     result = check(write(run, run / "report.html"), node_modules, TOOLS / "shots-demo")
