@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from dppo_mcore.model.config import load_qwen_config
 from dppo_mcore.model.weight_map import canonical_name
 from dppo_mcore.rollout import wire
+from dppo_mcore.rollout.answers import RawAnswer
 from dppo_mcore.rollout.base import EngineError, GenerationRequest, Sampling, TensorMeta
 from dppo_mcore.rollout.http import HttpClient, HttpReceiver, check_url
 from dppo_mcore.rollout.sidecar_client import CONTROL_S, EngineDied, Refused
@@ -63,6 +64,17 @@ def push(client: HttpClient, tensors: dict[str, torch.Tensor], version: int) -> 
     finally:
         receiver.end(version)
         buffer.close()
+
+
+def until_it_runs(client: HttpClient, running: Future[RawAnswer]) -> None:
+    """Returns once the server works on a request: it then refuses to drop its cache."""
+    while not running.done():
+        try:
+            client.post("/flush_cache")
+        except Refused:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the request ended first: {running.result()}")
 
 
 @pytest.mark.sglang
@@ -121,9 +133,7 @@ def test_an_update_outside_a_session_or_from_nowhere_is_refused(client: HttpClie
 def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     """While a request runs the cache stays, and the client says so."""
     running = client.submit("long", REQUEST, 0, LONG, None)
-    time.sleep(0.3)
-    with pytest.raises(Refused):
-        client.post("/flush_cache")
+    until_it_runs(client, running)
     assert len(running.result(170).token_ids) == 200
 
 
@@ -131,7 +141,7 @@ def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
 def test_held_requests_go_on_under_new_weights(client: HttpClient, tiny_dir: str) -> None:
     """Their versions show the split."""
     running = client.submit("split", REQUEST, 0, LONG, None)
-    time.sleep(0.3)
+    until_it_runs(client, running)
     push(client, weights(tiny_dir, 1.0), 21)
     push(client, weights(tiny_dir, 1.0), 22)
     versions = running.result(170).versions
