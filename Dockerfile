@@ -1,8 +1,11 @@
 # dppo_mcore on an NGC PyTorch image: the image's torch, transformer-engine, apex and flash-attn are used as they are.
 #
 #   docker build -t dppo_mcore .
-#   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit nofile=65536 -v /data:/data dppo_mcore \
-#       torchrun --nproc-per-node 8 -m dppo_mcore.train --config examples/qwen7b-1node.yaml
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit nofile=65536 \
+#       -v /data:/data -v /models:/models -v /runs:/runs dppo_mcore \
+#       torchrun --nproc-per-node 8 -m dppo_mcore.train --config examples/qwen7b-1node.yaml --run-folder /runs/qwen7b
+#
+# A run stays only where a folder is mounted; the user in the image (1001) must be allowed to write to /runs.
 
 # torch 2.11, triton 3.6, CUDA 13.2, Python 3.12.
 ARG BASE=nvcr.io/nvidia/pytorch:26.03-py3

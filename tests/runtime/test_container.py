@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import image_pins
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT_MIB = 4
@@ -24,6 +26,17 @@ def test_the_image_is_pinned_and_runs_without_root() -> None:
     assert lines("FROM") == ["${BASE}"]
     assert lines("USER")[-1] not in ("root", "0")
     assert "dppo_mcore.doctor" in lines("HEALTHCHECK")[-1]
+
+
+def test_the_command_shown_mounts_what_its_configuration_names_and_keeps_the_run() -> None:
+    shown = (ROOT / "Dockerfile").read_text().split("\nARG ")[0]
+    mounts = dict(re.findall(r"-v (\S+):(\S+)", shown))
+    (volume,) = lines("VOLUME")
+    (config,), (folder,) = (re.findall(rf"--{name} (\S+)", shown) for name in ("config", "run-folder"))
+    named = yaml.safe_load((ROOT / config).read_text())
+    files = [named["run"]["model"], *(path for name, path in named["data"].items() if name.endswith("data"))]
+    assert volume in mounts.values() and folder.startswith(f"{volume}/")
+    assert len(files) == 5 and all(any(path.startswith(f"{inside}/") for inside in mounts.values()) for path in files)
 
 
 def test_everything_copied_is_in_a_small_context() -> None:
