@@ -32,5 +32,5 @@ RUN useradd --create-home --uid 1001 practice && mkdir -p /runs && chown practic
 USER practice
 VOLUME /runs
 
-HEALTHCHECK --interval=5m --timeout=2m --start-period=2m CMD python3 -m dppo_mcore.doctor || exit 1
+HEALTHCHECK --interval=5m --timeout=3m --start-period=3m CMD python3 -m dppo_mcore.doctor || exit 1
 CMD ["python3", "-m", "dppo_mcore.doctor"]

@@ -1,6 +1,6 @@
-"""What this machine can do: `python -m dppo_mcore.doctor [--json]`. Exit code 1 when training can't run.
+"""What this machine can do: `python -m dppo_mcore.doctor [--json] [--rollout-python PATH]`.
 
-Each check says what is there, what its absence costs, and how to get it.
+Exit code 1 when training can't run. Each check says what is there, what its absence costs, and how to get it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ State = Literal["ok", "missing", "broken"]
 WANTED_OPEN_FILES = 65536
 WANTED_SHM_GIB = 8
 WANTED_DISK_GIB = 20
+TEST_SGLANG = ".venv-sglang/bin/python"
+"""Of `make setup-sglang`: imports only where the tests' stand-ins for compiled kernels are on its path."""
+SGLANG_PYTHONS = (sys.executable, "/opt/sglang/bin/python", TEST_SGLANG)
+"""This environment, the image's and the tests'."""
+IMPORT_SGLANG = (
+    "import importlib.metadata as m; print(m.version('sglang'), flush=True); import sglang; sglang.Engine.generate"
+)
+SGLANG_IMPORT_S = 60
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,13 @@ def _package(package: str, cost: str, remedy: str, required: bool = False, modul
         text=True,
     )
     if probe.returncode:
-        reason = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
-        return Finding(package, "broken", f"{version} does not import: {reason}", cost, remedy, required)
+        return Finding(package, "broken", f"{version} does not import: {_reason(probe)}", cost, remedy, required)
     return Finding(package, "ok", version)
+
+
+def _reason(probe: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed, in its own last line."""
+    return (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
 
 
 def gpu() -> Finding:
@@ -108,20 +120,32 @@ def dali_codecs() -> Finding:
     return Finding("dali", "ok", f"{finding.detail}; GPU: {where}; CPU: vp8, vp9, mjpeg")
 
 
-def sglang() -> Finding:
-    """SGLang here or in the environment made for it."""
-    cost, remedy = "rollouts by the in-process engine only", "make setup-sglang"
-    if (version := _version("sglang")) is not None:
-        return Finding("sglang", "ok", version)
-    apart = Path(".venv-sglang/bin/python")
-    if not apart.exists():
-        return Finding("sglang", "missing", "not here and no .venv-sglang", cost, remedy)
-    probe = subprocess.run(
-        [apart, "-c", "import importlib.metadata as m; print(m.version('sglang'))"], capture_output=True, text=True
-    )
+def sglang(rollout_python: str = "") -> Finding:
+    """SGLang in the Python that `--rollout-python` names; without one, where it usually is."""
+    found = [_sglang_of(python) for python in ([rollout_python] if rollout_python else SGLANG_PYTHONS)]
+    state = min((state for state, _ in found), key=("ok", "broken", "missing").index)
+    detail = "; ".join(detail for its_state, detail in found if its_state == state)
+    cost = "rollouts by the in-process engine only"
+    remedy = 'pip install "sglang[all]==0.5.23" in an environment of its own; --rollout-python names its Python'
+    return Finding("sglang", state, detail, cost, remedy)
+
+
+def _sglang_of(python: str) -> tuple[State, str]:
+    """Whether a Python has SGLang and can import its engine, which its metadata alone don't say."""
+    if shutil.which(python) is None:
+        return "missing", f"no {python}"
+    try:
+        probe = subprocess.run(
+            [python, "-W", "ignore", "-c", IMPORT_SGLANG], capture_output=True, text=True, timeout=SGLANG_IMPORT_S
+        )
+    except subprocess.TimeoutExpired:
+        return "broken", f"not imported within {SGLANG_IMPORT_S} s by {python}"
+    if not probe.stdout:
+        return "missing", f"none in {python}"
+    where = f"{probe.stdout.split()[0]} in {python}" + (" (for this project's tests)" if python == TEST_SGLANG else "")
     if probe.returncode:
-        return Finding("sglang", "broken", ".venv-sglang has no sglang", cost, remedy)
-    return Finding("sglang", "ok", f"{probe.stdout.strip()} in .venv-sglang")
+        return "broken", f"{where} does not import: {_reason(probe)}"
+    return "ok", where
 
 
 def shared_memory() -> Finding:
@@ -152,7 +176,7 @@ def disk() -> Finding:
     return Finding("disk", "ok", f"{free:.0f} GiB free")
 
 
-def checks() -> list[Callable[[], Finding]]:
+def checks(rollout_python: str = "") -> list[Callable[[], Finding]]:
     """All checks, in the order they are shown."""
     own, image = "make setup", "use an NGC PyTorch image, or pip install '.[gpu]'"
     return [
@@ -173,7 +197,7 @@ def checks() -> list[Callable[[], Finding]]:
             "apex", "torch's optimizer instead of the fused one", "use an NGC PyTorch image", module="apex.optimizers"
         ),
         lambda: _package("flash-attn", "FlexAttention or SDPA instead", "use an NGC PyTorch image"),
-        sglang,
+        lambda: sglang(rollout_python),
         lambda: _package("vllm", "no vLLM engine", "an environment of its own with vllm, given by --rollout-url"),
         dali_codecs,
         shared_memory,
@@ -186,8 +210,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m dppo_mcore.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--rollout-python", default="", help="Python of the environment SGLang lives in")
     arguments = parser.parse_args()
-    findings = [check() for check in checks()]
+    findings = [check() for check in checks(arguments.rollout_python)]
     able = all(finding.state == "ok" for finding in findings if finding.required)
     if arguments.json:
         print(json.dumps({"can_train": able, "findings": [asdict(finding) for finding in findings]}, indent=1))
