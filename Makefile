@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Both set up what they need; a second run with nothing changed sets up nothing.
 #
 #   TORCH_SOURCE   where pip finds the CPU build of torch, e.g. "--find-links DIR" or "--index-url URL" of PyTorch's
-#                  CPU packages. Empty: pip's own configuration.
+#                  CPU packages. Empty: pip's own configuration; if that is PyPI, `make test` needs it on x86 (see below).
 #   NGC_PIP_FLAGS  further flags of `make setup-ngc`'s pip, e.g. --dry-run
 #   PYTHON         the interpreter the environments are made with (>= 3.11)
 
@@ -29,12 +29,17 @@ $(VENV)/.ready: setup.py constraints/cpu.txt
 	$(PY) $(PIP) -c constraints/cpu.txt --no-build-isolation -e '.[dev,report]'
 	touch $@
 
-# SGLang's pins differ from the trainer's, so it lives apart; its dependency list is complete, hence --no-deps.
+# SGLang for this project's tests on a machine without CUDA, not for users: it imports only with the stand-ins for its
+# compiled kernels in tests/sglang_shims, and beside another torch than it asks for. Its pins differ from the trainer's, so
+# it lives apart; its dependency list is complete, hence --no-deps. PyPI's torch for x86 is built for CUDA, whose libraries
+# that list has not: there TORCH_SOURCE must name a CPU build.
 $(SGLANG)/.ready: constraints/sglang-cpu.txt
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python $(PIP) "setuptools>=77" wheel
 	$(SGLANG)/bin/python $(PIP) $(TORCH_SOURCE) --no-deps "$$(grep '^torch==' constraints/sglang-cpu.txt)"
 	$(SGLANG)/bin/python $(PIP) --no-deps -r constraints/sglang-cpu.txt
+	$(SGLANG)/bin/python -W ignore -c 'import torch' \
+	    || { echo "error: $(SGLANG)'s torch does not import; name PyTorch's CPU build by TORCH_SOURCE"; exit 1; }
 	touch $@
 
 # Inside an NGC PyTorch image: its own torch, transformer-engine and apex are used, and none is replaced. They are
