@@ -1,11 +1,13 @@
-"""The paper's contrasts at small scale: arms from one base, at equal budgets, over several seeds.
+"""The paper's contrasts at small scale: arms from one base a seed, over several seeds.
 
     python examples/tabletop/experiment.py [--preset cpu|gpu] [--arms dppo rl-only ...] [--seeds 1 2 3] [--out DIR]
 
 Every arm is the product's own training with other options; a finished run is not run again, a stopped one goes on, so
 the same command completes what is missing. `--summary` only writes tables and plots from what is there.
 Budgets: arms with RL see about the same number of rollouts (arms without buffers or mining have more RL steps in their
-place), arms with SFT the same number of SFT steps. What each really used, labels included, stands in the table.
+place), arms with SFT learn the same number of SFT steps. Nothing else is equal: SFT alone sees only the rollouts that
+find its weaknesses, a fifth of the others', and every arm gets labels for whatever it is weak at. What each really used
+stands in the table.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ if str(ROOT) not in sys.path:
 from examples.tabletop.make_world import WorldOptions  # noqa: E402  after the path
 
 CONFIG = "examples/tiny.yaml"
-ALWAYS = {"base-sft-window": 0, "stagnation-threshold": 1.0, "last-sft": True, "save-interval": 60,
-          "log-interval": 10,
+ALWAYS = {"base-sft-window": 0, "stagnation-threshold": 1.0, "last-sft": True, "sft-epochs": 10,
+          "save-interval": 60, "log-interval": 10,
           "note": "The base is inconsistent on purpose: half of its answers are in a style the verifier rejects, a "
                   "fifth of its labels are wrong, and planning is withheld."}  # fmt: skip
-"""Lengths are fixed in every arm: a phase that may end itself would make budgets unequal."""
+"""Lengths are fixed in every arm: a phase that may end itself would make budgets unequal, and so would a small corpus
+if it were passed through only a few times (`sft-max-steps` ends the passes)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ PRESETS = {
     "cpu": Preset(900, 40, 60, 52, {"buffer-samples": 1200, "eval-samples": 360, "sft-max-steps": 150}, 2,
                   ROOT / ".cache" / "tabletop-experiment", WorldOptions()),
     # Clips of 25 frames a second, some 27 million parameters, and decoding by the GPU: for one H100 or H200.
-    "gpu": Preset(3000, 120, 160, 128,
+    "gpu": Preset(3000, 120, 132, 128,
                   {"dtype": "bf16", "decoder": "auto", "data-workers": 8, "prompts-per-step": 128,
                    "group-size": 16, "buffer-samples": 4000, "eval-samples": 720, "sft-max-steps": 400,
                    "base-sft-lr": 1e-3, "sft-lr": 6e-4, "rl-lr": 2e-4, "rollout-max-in-flight": 4096,

@@ -183,17 +183,27 @@ def test_the_large_base_loads_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", list(PRESETS.values()), ids=[f"preset-{name}" for name in PRESETS])
 def test_arms_of_a_preset_have_equal_lengths(preset: Preset, tmp_path: Path) -> None:
-    """Every arm's options are real ones; arms with RL and SFT have as many steps of each."""
-    lengths = {}
+    """Every arm's options are real ones; arms with RL and SFT have as many steps of each, those with RL about as many
+    rollouts a loop: what is mined is taken for half a buffer, and the smallest corpus for two fifths of one.
+    """
+    lengths, rollouts = {}, {}
     for arm in ARMS:
         flags = command(tmp_path / arm, 1, arm_options(preset, arm, tmp_path))
         config = load(flags[flags.index("--config") :], "train")
         assert config.practice.stagnation_threshold == 1.0
         lengths[arm] = (config.practice.rl_min_steps, config.practice.rl_max_steps, config.sft.sft_max_steps)
+        buffer = config.practice.buffer_samples * config.practice.buffer_rollouts
+        measured = (config.practice.sampling == "difficulty") + 0.5 * (config.run.mode == "dppo")
+        if config.run.mode != "sft-only":
+            practised = config.practice.rl_max_steps * config.rl.prompts_per_step * config.rl.group_size
+            rollouts[arm] = practised + measured * buffer
+        learnt = config.sft.sft_epochs * 0.4 * config.practice.buffer_samples
+        assert learnt >= config.sft.sft_max_steps * config.sft.global_batch_size
     assert len({length for arm, length in lengths.items() if arm not in ("rl-only", "dppo-random")}) == 1
     assert all(shortest == longest for shortest, longest, _ in lengths.values())
     assert lengths["rl-only"][1] > lengths["dppo-random"][1] > lengths["dppo"][1]
     assert lengths["dppo-random"][2] == lengths["dppo"][2]
+    assert max(rollouts.values()) < 1.04 * min(rollouts.values()), rollouts
     flags = command(tmp_path / "base", 1, base_options(preset))
     assert load(flags[flags.index("--config") :], "train").sft.base_sft_steps == preset.base_steps
 
