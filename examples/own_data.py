@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40)}
 EDGE, SECONDS, CELL = 56, 4, 28
+SUMS = 40
 PROMPTS = 'system: ""\nstructure: answer\ninstructions: {colour: "", counting: "", exact: ""}\n'
 
 
@@ -57,11 +59,11 @@ def rows(out: Path, split: str, clips: int, rng: np.random.Generator) -> list[tu
     return found
 
 
-def sums(split: str, numbers: range) -> list[tuple[dict[str, Any], str]]:
-    """General data: sums, in text alone."""
-    return [({"id": f"{split}-{k}", "objective": "exact", "source": "general", "gold": str(k % 5 + k // 5 % 4),
-              "messages": [{"role": "user", "content": f"{k % 5} plus {k // 5 % 4} ?"}]},
-             f"<answer>{k % 5 + k // 5 % 4}</answer>") for k in numbers]  # fmt: skip
+def sums(split: str, numbers: Iterable[int]) -> list[tuple[dict[str, Any], str]]:
+    """General data: sums, in text alone; every number has its own, up to SUMS."""
+    return [({"id": f"{split}-{k}", "objective": "exact", "source": "general", "gold": str(k % 5 + k // 5),
+              "messages": [{"role": "user", "content": f"{k % 5} plus {k // 5} ?"}]},
+             f"<answer>{k % 5 + k // 5}</answer>") for k in numbers]  # fmt: skip
 
 
 def answered(row: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def main() -> None:
     base = rows(out, "base", 2 * arguments.clips, rng)
     pool = rows(out, "pool", arguments.clips, rng)
     held_out = rows(out, "held", arguments.clips // 2, rng)
-    general = sums("general", range(20))
+    numbers = np.random.default_rng(1).permutation(SUMS).tolist()
+    general = sums("general", numbers[: SUMS // 2])
     wrong = [(row, answer if rng.random() < 0.6 else base[rng.integers(len(base)) // 2 * 2 + k % 2][1])
              for k, (row, answer) in enumerate(base)]  # fmt: skip
     write(out / "base.jsonl", [answered(row, answer) for row, answer in wrong + general])
@@ -93,7 +96,7 @@ def main() -> None:
     write(out / "teacher.jsonl", [{"id": row["id"], "answer": answer} for row, answer in pool])
     write(out / "held_out.jsonl", [row for row, _ in held_out])
     write(out / "general.jsonl", [answered(row, answer) for row, answer in general])
-    write(out / "general_held_out.jsonl", [row for row, _ in sums("general-held-out", range(20, 40))])
+    write(out / "general_held_out.jsonl", [row for row, _ in sums("general-held-out", numbers[SUMS // 2 :])])
     (out / "prompts.yaml").write_text(PROMPTS)
 
 

@@ -11,13 +11,32 @@ from pathlib import Path
 
 import pytest
 
+from dppo_mcore.data.check import check_manifest
+from dppo_mcore.data.manifest import read_manifest
+
 ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT, LEARNT = ["held_out", "general_held_out"], ["pool", "general", "base"]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_the_reward_shown_is_the_one_that_is_used() -> None:
     shown = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
     assert shown and shown.group(1) in (ROOT / "examples" / "own_rewards.py").read_text()
+
+
+def test_what_is_held_out_is_asked_nowhere_else_and_the_row_shown_is_the_first(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "examples.own_data", "--out", str(tmp_path)], cwd=ROOT, check=True,
+                   capture_output=True)  # fmt: skip
+    shown = re.search(r"^```json\n(.*?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert shown and json.loads(shown.group(1)) == json.loads((tmp_path / "pool.jsonl").read_text().splitlines()[0])
+    manifests = {name: read_manifest(str(tmp_path / f"{name}.jsonl")) for name in HELD_OUT + LEARNT}
+    for name in LEARNT:
+        report = check_manifest(manifests[name], [manifests[other] for other in HELD_OUT], "rows")
+        assert report.ok() and not report.leaks
+    asked = [{sample.turns[0].content for sample in manifests[name]} for name in ("general", "general_held_out")]
+    assert not asked[0] & asked[1] and len(asked[0]) == len(asked[1]) == len(manifests["general"]) == 20
+    ids = [sample.id for manifest in manifests.values() for sample in manifest]
+    assert len(ids) == len(set(ids)) + len(manifests["general"])  # the base learns the general data, by their ids
 
 
 @pytest.mark.slow
