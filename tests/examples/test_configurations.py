@@ -33,6 +33,15 @@ def test_layout_takes_every_key_and_fits_the_nodes(name: str, size: str) -> None
     assert tokens <= config.data.max_tokens_per_micro_batch
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda file: file.stem)
+def test_default_ids_of_its_manifests_differ(file: Path) -> None:
+    """They begin with a manifest's stem, and a run's ids are unique over all its manifests."""
+    data = load(["--config", str(file)], "train").data
+    named = [data.data, data.general_data, data.base_data, data.eval_data, data.eval_general_data]
+    stems = [Path(path).stem for path in named if path]
+    assert len(stems) >= 4 and len(set(stems)) == len(stems)
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_launch_scripts_are_valid_bash(name: str) -> None:
     script = ROOT / "examples" / "slurm" / f"{name}.sbatch"
