@@ -103,9 +103,9 @@ class DataConfig:
     max_frames: int = 128
     """Frame budget of a clip; a longer clip is sampled more thinly."""
     min_pixels: int = 3136
-    """Fewest pixels of a frame after resize."""
+    """Fewest pixels of a frame, and of an image too, after resize."""
     max_pixels: int = 602112
-    """Most pixels of a frame after resize."""
+    """Most pixels of a frame, and of an image too, after resize."""
     max_clip_pixels: int = 90316800
     """Most pixels of a clip, all its frames together."""
     decoder: Literal["auto", "dali", "pyav"] = "auto"
