@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,13 +28,16 @@ CONFIG = "examples/tiny.yaml"
 
 
 def prepare(cache: Path = CACHE, size: str = "small", world: WorldOptions = WORLD) -> None:
-    """Make the data set and the random checkpoint where they aren't there yet."""
+    """Make the data set and the random checkpoint where they aren't there yet, each whole or not at all."""
     from examples.tabletop.make_base import make_base
 
     began = time.monotonic()
     summary = make_world(cache / "world", world, workers=os.cpu_count() or 2)
-    if not (cache / "base" / "config.json").exists():
-        make_base(cache / "base", size=size)
+    base, unfinished = cache / "base", cache / "base.unfinished"
+    if not (base / "model.safetensors").exists():
+        make_base(unfinished, size=size)
+        shutil.rmtree(base, ignore_errors=True)
+        unfinished.replace(base)
     print(f"tabletop: {summary['clips']} clips, {summary['rows']['pool']} questions to practise on, "
           f"{summary['rows']['eval']} held out; {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
 

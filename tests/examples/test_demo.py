@@ -18,6 +18,29 @@ SMALL = {"base-sft-steps": 6, "buffer-samples": 48, "eval-samples": 24, "rl-min-
          "prompts-per-step": 8, "sft-max-steps": 3}  # fmt: skip
 
 
+def test_a_base_whose_making_was_stopped_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    world = WorldOptions(clips_base=2, clips_pool=2, clips_eval=2, general=8, general_eval=4)
+
+    def stopped(out: Path, size: str) -> None:
+        make_base(out, size=size)
+        (out / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("examples.tabletop.make_base.make_base", stopped)
+        demo.prepare(tmp_path, world=world)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")  # as calls that wrote it in place have left it
+    demo.prepare(tmp_path, world=world)
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "base")
+    kept = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
+    demo.prepare(tmp_path, world=world)
+    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == kept
+    assert not (tmp_path / "base.unfinished").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_two_loops_on_two_ranks(tmp_path: Path, tensor_parallel: int) -> None:
