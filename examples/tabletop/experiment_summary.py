@@ -84,8 +84,6 @@ def _mean(values: list[float]) -> str:
 
 def table(found: dict[str, dict[int, list[Point]]], arms: dict[str, str]) -> str:
     """Final success of each arm in percent, mean and standard deviation over seeds."""
-    if not found:
-        return "no finished run yet"
     objectives = sorted(next(iter(next(iter(found.values())).values()))[0].objective)
     lines = [f"| arm | seeds | rollouts | labels | all | {' | '.join(objectives)} | general |"]
     lines.append("|" + "---|" * (len(objectives) + 6))
@@ -134,8 +132,10 @@ def plot(found: dict[str, dict[int, list[Point]]], arms: dict[str, str], field: 
 
 
 def summarise(out: Path, arms: dict[str, str], into: Path, preset: str = "cpu") -> str:
-    """Write results.json, results.md and the plots; returns the table."""
+    """Write results.json, results.md and the plots; returns the table. Without a finished run nothing is written."""
     found = gather(out, arms)
+    if not found:
+        raise SystemExit(f"no finished run in {out}: nothing written to {into}")
     into.mkdir(parents=True, exist_ok=True)
     made = {
         "date": date.today().isoformat(),
@@ -147,15 +147,14 @@ def summarise(out: Path, arms: dict[str, str], into: Path, preset: str = "cpu") 
     }  # fmt: skip
     (into / "results.json").write_text(json.dumps(made, indent=1))
     shown = table(found, arms)
-    if found:
-        for field, title in (("success", "Held-out success"), ("planning", "Held-out planning, new to the base"),
-                             ("general", "The general set (forgetting)")):  # fmt: skip
-            (into / f"{field}.svg").write_text(plot(found, arms, field, title))
+    for field, title in (("success", "Held-out success"), ("planning", "Held-out planning, new to the base"),
+                         ("general", "The general set (forgetting)")):  # fmt: skip
+        (into / f"{field}.svg").write_text(plot(found, arms, field, title))
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     (into / "results.md").write_text(
         f"# Contrasts on the tabletop, {made['date']}\n\n`{made['command']}`; {versions}; {made['machine']}.\n\n"
         "Greedy held-out success in percent, mean ± standard deviation over seeds. Rollouts include buffers and "
         f"mining; labels are the weak and retrieved items of all corpora.\n\n{shown}\n\n"
-        + ("![](success.svg)\n\n![](planning.svg)\n\n![](general.svg)\n" if found else "")
+        "![](success.svg)\n\n![](planning.svg)\n\n![](general.svg)\n"
     )
     return shown

@@ -13,6 +13,7 @@ import pytest
 from dppo_mcore.config_loading import load
 from dppo_mcore.data.manifest import read_manifest
 from dppo_mcore.rewards.scoring import Rubric, score
+from examples.tabletop import experiment
 from examples.tabletop.experiment import ARMS, PRESETS, Preset, arm_options, base_options, command
 from examples.tabletop.make_base import make_base
 from examples.tabletop.make_world import WITHHELD, WorldOptions, make_world
@@ -206,6 +207,17 @@ def test_arms_of_a_preset_have_equal_lengths(preset: Preset, tmp_path: Path) -> 
     assert max(rollouts.values()) < 1.04 * min(rollouts.values()), rollouts
     flags = command(tmp_path / "base", 1, base_options(preset))
     assert load(flags[flags.index("--config") :], "train").sft.base_sft_steps == preset.base_steps
+
+
+def test_a_summary_of_nothing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "dppo-1").mkdir(parents=True)
+    (tmp_path / "runs" / "dppo-1" / "experiment.log").write_text("1-1 RL step 3\n")
+    results = tmp_path / "results"
+    arguments = ["--summary", "--out", str(tmp_path / "runs"), "--benchmarks", str(results)]
+    monkeypatch.setattr("sys.argv", ["experiment.py", *arguments])
+    with pytest.raises(SystemExit, match="no finished run") as ended:
+        experiment.main()
+    assert isinstance(ended.value.code, str) and not results.exists()  # a string is printed, and the exit status is 1
 
 
 def test_the_same_options_give_the_same_files(world: Path, tmp_path: Path) -> None:
