@@ -23,8 +23,10 @@ def train(config: Config) -> None:
     from dppo_mcore.metaloop import evaluation, measuring, position, rl_phase, sft_phase
     from dppo_mcore.metaloop.plan import next_phase, plan_phases
     from dppo_mcore.metaloop.run import close_run, open_run
+    from dppo_mcore.metaloop.weights import rest
 
     run = open_run(config)
+    rest(run)
     if config.run.note:
         run.say(config.run.note)
     plan_phases(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -70,6 +70,14 @@ class Exchange:
         box: list[Any] = [make() if self.is_leader else None]
         dist.broadcast_object_list(box, src=self._replica_ranks[0], group=self._replica_group)
         return box[0]
+
+    def common(self, names: Sequence[str]) -> set[str]:
+        """The names that every rank of the replica has."""
+        if len(self._replica_ranks) == 1:
+            return set(names)
+        parts: list[Any] = [None] * len(self._replica_ranks)
+        dist.all_gather_object(parts, list(names), group=self._replica_group)
+        return set(names).intersection(*parts)
 
     def at_rank0(self, values: list[T]) -> list[T]:
         """The replicas' lists one after the other, on rank 0; elsewhere empty. Only leaders' lists count."""

@@ -10,7 +10,7 @@ from dppo_mcore.data.loader import Batches
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn.sft import sft_step
 from dppo_mcore.metaloop import position
-from dppo_mcore.metaloop.rolling import my_share
+from dppo_mcore.metaloop.rolling import agreed, my_share
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.practice import curriculum
 from dppo_mcore.practice.ledger import PhasePlan, SftItem
@@ -60,7 +60,7 @@ def learn(
     step = done
     while step < steps:
         began = time.perf_counter()
-        conversations = next(batches)
+        conversations = agreed(run, next(batches))
         data_seconds = time.perf_counter() - began
         result = sft_step(run.learner, conversations)
         step, run.step = step + 1, run.step + 1

@@ -25,16 +25,21 @@ def _push(run: Run) -> None:
     else:
         from dppo_mcore.sync.push import push as send
 
-        if _shares_memory(run):
-            run.engine.wake(("weights",))
         _set_probe(run)
         send(run.model.models, run.engine, run.step)
     run.metrics.log(run.step, {"time/sync": time.perf_counter() - began})
 
 
 def _shares_memory(run: Run) -> bool:
-    """Whether trainer and engine take turns with the same memory."""
-    return run.config.optimizer.offload and run.config.rollout.rollout_placement == "colocated"
+    """Whether trainer and engine take turns with the same memory; a server given by URL has its own."""
+    rollout = run.config.rollout
+    return run.config.optimizer.offload and rollout.rollout_placement == "colocated" and not rollout.rollout_url
+
+
+def rest(run: Run) -> None:
+    """Until the first answers the memory is the trainer's: a checkpoint is loaded, and SFT may come first."""
+    if _shares_memory(run):
+        run.engine.sleep()
 
 
 def _set_probe(run: Run) -> None:

@@ -33,6 +33,10 @@ class EngineError(UserError):
     """An engine failed beyond its retries, or refused what it was asked; the message says what to do."""
 
 
+class SyncError(RuntimeError):
+    """A weight sync that can't go on, on all ranks of the replica; the message names the tensor or rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn; one for all requests of a `generate`."""

@@ -217,10 +217,14 @@ class HttpReceiver:
         self._version = -1
 
     def begin(self, version: int) -> None:
-        """Hold requests, open the session."""
+        """Hold requests, open the session; one that a killed trainer left open is closed first."""
         self._version = version
         self._client().pause()
-        self._client().post("/begin_weight_update")
+        try:
+            self._client().post("/begin_weight_update")
+        except Refused:
+            self._client().post("/end_weight_update")
+            self._client().post("/begin_weight_update")
 
     def load_shared(self, metas: Sequence[TensorMeta], handle: Mapping[str, Any]) -> None:
         """One bucket inside the request: a plain pickle of tensors, which needs nothing shared with the server."""

@@ -25,6 +25,7 @@ from dppo_mcore.rollout.base import (
     GenerationRequest,
     Sampling,
     SleepTag,
+    SyncError,
     TextDecoder,
     WeightReceiver,
     banned_ids,
@@ -139,8 +140,7 @@ class ServerEngine:
             return
         try:
             self.push_again()
-        except Exception as error:
-            # Both kinds of failure are raised on all ranks, so all come here together.
+        except (EngineError, SyncError) as error:  # raised on all ranks, so all come here together
             if not self._on_leader(partial(self._was_lost, error)):
                 raise
             self._push_failed = str(error) or repr(error)
@@ -350,11 +350,22 @@ class ServerEngine:
         self._aborting = True
 
     def sleep(self, tags: Sequence[SleepTag] = SLEEP_TAGS) -> None:
-        """Give memory back; parts that sleep already are left alone, as the server would end on them."""
+        """Give memory back; parts that sleep already are left alone, as the server would end on them.
+
+        A server that is gone has none: the next weight sync starts it anew.
+        """
         due = [tag for tag in tags if tag not in self._asleep]
-        if due:
+        if not due:
+            return
+        try:
             self._on_leader(lambda: self.client.sleep(due))
-            self._asleep.update(due)
+        except EngineError as error:
+            if not self._on_leader(partial(self._was_lost, error)):
+                raise
+            log.warning("engine %s was lost before it could sleep: %s", self.name, error)
+            self.weight_version = -1
+            return
+        self._asleep.update(due)
         if "weights" in due:
             self.weight_version = -1
 

@@ -26,6 +26,8 @@ from dppo_mcore.rollout import wire
 from dppo_mcore.rollout.engine_loader import LOADER
 
 GROUP = "dppo"
+IDLE_S = 5.0
+"""How long a sleep waits for requests that are ending."""
 
 
 class Sidecar:
@@ -216,12 +218,23 @@ class Sidecar:
         _check((success, message))
 
     async def do_sleep(self, tags: list[str]) -> None:
-        """Release memory; only when idle, or the scheduler would die of its own assertion."""
+        """Release memory; only when idle, or the scheduler would die of its own assertion.
+
+        Right after an answer, or an abort, the scheduler still counts it as running: it is asked more than once.
+        """
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
-        if self.manager.rid_to_state and not self.paused:
-            raise ValueError("sleep: requests are still running; abort or pause them first")
-        await self.do_flush()
+        deadline = time.monotonic() + IDLE_S
+        while True:
+            try:
+                if self.manager.rid_to_state and not self.paused:
+                    raise ValueError("sleep: requests are still running; abort or pause them first")
+                await self.do_flush()
+                break
+            except ValueError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
         await self.manager.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=tags), None)
 
     async def do_wake(self, tags: list[str]) -> None:

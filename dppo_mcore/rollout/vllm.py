@@ -141,7 +141,8 @@ class VllmReceiver:
     def __init__(self, client: Callable[[], VllmClient]) -> None:
         self._client = client
         self._began = False
-        self._ready = False
+        self._ready: VllmClient | None = None
+        """The client whose server has made its side of the transfer."""
 
     def begin(self, version: int) -> None:
         """Let running requests end, since vLLM doesn't say which tokens came from which weights."""
@@ -155,9 +156,9 @@ class VllmReceiver:
         if "cuda" not in handle:
             raise EngineError("weight_transport: vLLM takes ipc from a GPU only; use disk")
         client = self._client()
-        if not self._ready:
+        if self._ready is not client:
             client.post("/init_weight_transfer_engine", init_info={})
-            self._ready = True
+            self._ready = client
         if not self._began:
             client.post("/start_weight_update", is_checkpoint_format=True)
             self._began = True

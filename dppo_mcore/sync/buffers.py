@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -38,9 +39,9 @@ class CudaBuffer:
         self.nbytes = nbytes
         self._tensor: Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
 
-    @property
+    @cached_property
     def handle(self) -> dict[str, Any]:
-        """CUDA IPC handle and the device's UUID."""
+        """CUDA IPC handle and the device's UUID, made once: each one keeps the memory until somebody has opened it."""
         storage = list(self.bytes().untyped_storage()._share_cuda_())
         for position in (1, 4, 6):
             storage[position] = base64.b64encode(storage[position]).decode()

@@ -15,13 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from dppo_mcore.model.weight_map import WeightEntry
+from dppo_mcore.rollout.base import SyncError
 from dppo_mcore.rollout.wire import Slot, lay_out, torch_dtype
 
 Route = Literal["write", "forward"]
-
-
-class SyncError(RuntimeError):
-    """A weight sync that can't go on; the message names the tensor or rank."""
 
 
 @dataclass(frozen=True, slots=True)

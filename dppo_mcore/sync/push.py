@@ -19,13 +19,13 @@ from dppo_mcore.config import Config
 from dppo_mcore.model.config import QwenConfig
 from dppo_mcore.model.weight_map import Piece, WeightMap
 from dppo_mcore.model.weights import named_weights
-from dppo_mcore.rollout.base import Engine
+from dppo_mcore.rollout.base import Engine, EngineError, SyncError
 from dppo_mcore.rollout.placement import host_name
 from dppo_mcore.rollout.replica import Replica
 from dppo_mcore.rollout.wire import dtype_name
 from dppo_mcore.runtime import device
 from dppo_mcore.sync import buffers, verify
-from dppo_mcore.sync.plan import Bucket, Item, Owner, RankPlace, SyncError, SyncPlan, make_plan
+from dppo_mcore.sync.plan import Bucket, Item, Owner, RankPlace, SyncPlan, make_plan
 from dppo_mcore.sync.transports import TRANSPORTS, Transport
 from dppo_mcore.types import Prompt
 
@@ -89,20 +89,25 @@ class WeightSync:
         while True:
             try:
                 return self._push(version)
-            except Exception as error:
+            except (EngineError, SyncError) as error:  # on all ranks; any other is this rank's own and ends the job
                 if not left or not self.engine.revive(error):  # type: ignore[attr-defined]
                     raise
             left -= 1
             self._renew()
 
     def _push(self, version: int) -> SyncReport:
+        """Into the engine, which is awake as a whole afterwards."""
         reports: list[SyncReport] = []
+        if self.engine.weight_version < 0:
+            self._vision_sent = False  # it slept, or is new: the tower is gone with the rest
+        self.engine.wake(("weights",))
         self.engine.update_weights(version, lambda: reports.append(self._load(version)))
+        self.engine.wake()
         if self.probe is not None:
-            self.engine.wake()
             prompt, answer, trainer = self.probe()
             limit = PROBE_TOLERANCE[self.config.model.dtype]
-            verify.compare_logprobs(trainer, self.engine.score([prompt], [answer])[0], limit)
+            held = self.engine.score([prompt], [answer])[0]
+            self._on_leader("log-prob check", lambda: verify.compare_logprobs(trainer, held, limit))
         return reports[0]
 
     def again(self) -> None:
@@ -194,13 +199,15 @@ class WeightSync:
                     buffer = self._on_leader("loading", partial(self._take, bucket, pool, loading, seconds))
                     seconds["wait"] += time.perf_counter() - began
                     began = time.perf_counter()
-                    handle = self._replica.broadcast(buffer.handle if buffer is not None else None)
-                    flat = buffer.bytes() if buffer is not None else _mapping(mapped, handle)
-                    self._gather(bucket, flat)
+                    try:
+                        self._gather(bucket, partial(self._memory, buffer, self._handle(buffer), mapped))
+                    except BaseException:
+                        if buffer is not None:
+                            pool.give(buffer)
+                        raise
                     seconds["gather"] += time.perf_counter() - began
                     if buffer is not None:
                         loading.append((thread.submit(self._hand_over, bucket, buffer), buffer))
-                    del flat
                 began = time.perf_counter()
                 self._on_leader("loading", partial(self._finish, loading, pool, seconds))
                 seconds["wait"] += time.perf_counter() - began
@@ -208,6 +215,19 @@ class WeightSync:
                 for future, buffer in loading:
                     future.exception()
                     pool.give(buffer)
+
+    def _handle(self, buffer: buffers.Buffer | None) -> dict[str, Any] | None:
+        """The leader's buffer for the ranks of its node; none is made where nobody would open it."""
+        shared = sum(place.host == self._places[0].host for place in self._places) > 1
+        return self._replica.broadcast(buffer.handle if buffer is not None and shared else None)
+
+    def _memory(
+        self, buffer: buffers.Buffer | None, handle: dict[str, Any] | None, mapped: dict[str, Tensor]
+    ) -> Tensor | None:
+        """The bucket's memory as this rank sees it; a rank of another node has none and forwards."""
+        if buffer is not None:
+            return buffer.bytes()
+        return _mapping(mapped, handle) if handle is not None and self.host == self._places[0].host else None
 
     def _take(
         self,
@@ -239,13 +259,13 @@ class WeightSync:
         self._transport.load(bucket.slots, buffer)
         return time.perf_counter() - began
 
-    def _gather(self, bucket: Bucket, flat: Tensor) -> None:
+    def _gather(self, bucket: Bucket, memory: Callable[[], Tensor | None]) -> None:
         """Every rank puts its pieces where they belong, its own and those forwarded to it.
 
         A shard is only sent once all ranks said they are ready for it: nobody waits for a rank that failed before.
         """
         remote = sorted({item.stage for item in bucket.items if item.route == "forward"})
-        parcels = self._everywhere("gathering", partial(self._write, bucket, flat, remote))
+        flat, parcels = self._everywhere("gathering", partial(self._write, bucket, memory, remote))
         for stage in remote:
             items = [item for item in bucket.items if item.route == "forward" and item.stage == stage]
             if self._stage in (0, stage):
@@ -253,11 +273,15 @@ class WeightSync:
         if remote:
             self._everywhere("forwarding", device.synchronize)
 
-    def _write(self, bucket: Bucket, flat: Tensor, remote: Sequence[int]) -> dict[int, Tensor]:
-        """Place own pieces; returns, on a stage of another node, its parcel for the first stage, uint8."""
+    def _write(
+        self, bucket: Bucket, memory: Callable[[], Tensor | None], remote: Sequence[int]
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Place own pieces; returns the memory and, on a stage of another node, its parcel for the first stage."""
+        flat = memory()
         parcels: dict[int, Tensor] = {}
         for item in bucket.items:
             if item.route == "write" and item.stage == self._stage:
+                assert flat is not None
                 for piece in self._pieces(item):
                     _place_piece(item, piece, flat)
         if self._stage in remote:
@@ -266,9 +290,9 @@ class WeightSync:
             if parts:
                 parcels[self._stage] = torch.cat(parts)
         device.synchronize()
-        return parcels
+        return flat, parcels
 
-    def _forward(self, items: Sequence[Item], flat: Tensor, parcel: Tensor | None) -> None:
+    def _forward(self, items: Sequence[Item], flat: Tensor | None, parcel: Tensor | None) -> None:
         """Send a parcel to the first stage's rank of the same tensor-parallel index, or receive it and unpack."""
         from megatron.core import parallel_state
 
@@ -281,6 +305,7 @@ class WeightSync:
         sizes = [piece.view.numel() * piece.view.element_size() for _, piece in templates]
         if not templates:
             return
+        assert flat is not None
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=device.device())
         dist.recv(received, dist.get_global_rank(group, items[0].stage), group=group)
         for (item, piece), part in zip(templates, received.split(sizes), strict=True):
@@ -327,16 +352,19 @@ class WeightSync:
         return self._everywhere(stage, action if self._replica.is_leader else lambda: None)
 
     def _everywhere(self, stage: str, action: Callable[[], Any]) -> Any:
-        """Run `action` on all ranks; one rank's failure is everybody's error, so that nobody waits for it."""
+        """Run `action` on all ranks; one rank's failure is everybody's `SyncError`, so that nobody waits for it."""
         result: Any = None
         failure: Exception | None = None
         try:
             result = action()
         except Exception as error:
             failure = error
-        failures = self._replica.gather(None if failure is None else str(failure) or repr(failure))
-        if failure is not None:
+        reason = None if failure is None else str(failure) or repr(failure)
+        failures = self._replica.gather(reason)
+        if isinstance(failure, SyncError):
             raise failure
+        if failure is not None:
+            raise SyncError(f"weight sync, {stage}: {reason}") from failure
         first = next((rank for rank, text in enumerate(failures) if text is not None), None)
         if first is not None:
             raise SyncError(f"weight sync, {stage}: rank {first} of the replica failed: {failures[first]}")

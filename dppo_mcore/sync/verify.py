@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from dppo_mcore.model.weight_map import Piece
+from dppo_mcore.rollout.base import SyncError
 from dppo_mcore.rollout.fingerprint import add, fingerprint
-from dppo_mcore.sync.plan import SyncError
 
 
 def piece_fingerprint(piece: Piece) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from dppo_mcore.config import Config, DataConfig
+from dppo_mcore.config import Config, DataConfig, ParallelConfig
 from dppo_mcore.data.ahead import PromptSource
 from dppo_mcore.data.loader import divide, home_of
 from dppo_mcore.data.messages import Request
-from dppo_mcore.metaloop.rolling import announce, load_prompts, owed
-from dppo_mcore.types import Media, Sample, Turn
+from dppo_mcore.data.quarantine import Quarantine
+from dppo_mcore.metaloop.exchange import Exchange
+from dppo_mcore.metaloop.rolling import agreed, announce, load_prompts, owed
+from dppo_mcore.runtime import parallel
+from dppo_mcore.types import Media, Prompt, Sample, Turn
 from tests.data.clips import write_clip
+from tests.support.rank_pool import RankPool
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_what_comes_next_is_decoded_meanwhile(tiny_dir: str, tmp_path: Path) -> 
     turns = (Turn("user", "<video>Done?"),)
     samples = {str(n): Sample(str(n), "success", turns, (Media("video", str(path)),)) for n, path in enumerate(clips)}
     config = Config(data=DataConfig(data_workers=1, decode_ahead=8, media_cache_mib=0))
-    exchange = SimpleNamespace(replica=0, replicas=1, rank=0)
+    exchange = SimpleNamespace(replica=0, replicas=1, rank=0, common=set)
     source = PromptSource(tiny_dir, config.data)
     run = SimpleNamespace(config=config, exchange=exchange, source=source, sample=lambda _, name: samples[name])
     announce(run, list("0123"), "rl", 32.0)
@@ -49,3 +54,20 @@ def test_what_comes_next_is_decoded_meanwhile(tiny_dir: str, tmp_path: Path) -> 
     mine = divide(source, [Request(samples[name], 32.0) for name in "0124"], 2)[0]
     assert {key[0] for key in source._pending} == {"0124"[number] for number in mine} and len(mine) == 2
     source.close()
+
+
+def read_differently(layout: ParallelConfig) -> tuple[list[str], list[str]]:
+    """Each rank failed on a clip of its own; what is left, and what is quarantined here."""
+    parallel.reinit(layout, seed=0)
+    exchange, quarantine = Exchange.join(), Quarantine()
+    run = cast(Any, SimpleNamespace(exchange=exchange, source=SimpleNamespace(quarantine=quarantine)))
+    names = [name for name in "abcd" if name != "ad"[exchange.rank]]
+    left = agreed(run, [Prompt(Sample(name, "success", ()), (1,)) for name in names])
+    return [prompt.sample.id for prompt in left], [name for name in "abcd" if name in quarantine]
+
+
+def test_ranks_of_a_replica_leave_out_what_one_of_them_could_not_read(pool2: RankPool) -> None:
+    """Else one would answer for another prompt than its neighbour. Replicas of their own keep what they have."""
+    tensor = ParallelConfig(tensor_model_parallel_size=2)
+    assert pool2.run(read_differently, tensor) == [(["b", "c"], ["d"]), (["b", "c"], ["a"])]
+    assert pool2.run(read_differently, ParallelConfig()) == [(["b", "c", "d"], []), (["a", "b", "c"], [])]

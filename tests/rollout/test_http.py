@@ -130,6 +130,15 @@ def test_an_update_outside_a_session_or_from_nowhere_is_refused(client: HttpClie
 
 
 @pytest.mark.sglang
+def test_an_update_that_a_killed_trainer_left_open_is_closed(client: HttpClient, tiny_dir: str) -> None:
+    """Else no trainer could ever give this server weights again."""
+    before = ids(client)
+    HttpReceiver(lambda: client).begin(20)
+    push(client, weights(tiny_dir, 1.0), 21)
+    assert ids(client) == before
+
+
+@pytest.mark.sglang
 def test_a_refused_flush_is_an_error(client: HttpClient) -> None:
     """While a request runs the cache stays, and the client says so."""
     running = client.submit("long", REQUEST, 0, LONG, None)
@@ -142,10 +151,10 @@ def test_held_requests_go_on_under_new_weights(client: HttpClient, tiny_dir: str
     """Their versions show the split."""
     running = client.submit("split", REQUEST, 0, LONG, None)
     until_it_runs(client, running)
-    push(client, weights(tiny_dir, 1.0), 21)
     push(client, weights(tiny_dir, 1.0), 22)
+    push(client, weights(tiny_dir, 1.0), 23)
     versions = running.result(170).versions
-    assert versions[-1][0] == 22
+    assert versions[-1][0] == 23
     assert len(versions) >= 2
 
 

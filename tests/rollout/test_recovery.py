@@ -131,15 +131,49 @@ def test_sleep_and_wake(engine: Any) -> None:
     """By tags, twice over, right after answers; asleep it refuses; slept weights are undefined until the next push."""
     assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
     engine.sleep(("kv_cache",))
-    engine.sleep()
-    assert engine.weight_version == -1
-    engine.wake(("weights",))
-    engine.push_again.__self__.push(1)
     with pytest.raises(EngineError, match="asleep .kv_cache"):
         list(engine.generate(requests(engine, 2, 2), SAMPLING))
-    engine.wake()
+    engine.sleep()
+    assert engine.weight_version == -1
+    engine.weight_sync.push(1)
     engine.wake()
     assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
+def test_sleep_waits_for_what_is_ending(engine: Any) -> None:
+    """An aborted or late answer may still be under way when the batch is done."""
+    late = engine.client.submit("late", requests(engine, 1, 1)[0], 0, replace(SAMPLING, max_tokens=40), None)
+    engine.sleep()
+    assert late.done() and late.result().token_ids
+    engine.weight_sync.push(1)
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
+@pytest.mark.parametrize("asleep", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_engine_lost_in_the_trainers_turn_is_started_anew(engine: Any, asleep: bool) -> None:
+    """SIGKILL while it sleeps, or before it was put to sleep: the next push brings it back."""
+    before = engine.restarts
+    if asleep:
+        engine.sleep()
+    os.kill(processes(engine)[0], signal.SIGKILL)
+    if not asleep:
+        engine.sleep()
+    assert engine.weight_version == -1
+    engine.weight_sync.push(1)
+    assert engine.restarts == before + 1 and engine.weight_version == 1
+    assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+
+
+def test_a_failure_of_one_rank_alone_restarts_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours know nothing of it: to wait for them would hang the job, so it goes up at once."""
+
+    def out_of_memory() -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.weight_sync, "probe", out_of_memory)
+    monkeypatch.setattr(engine, "revive", lambda error: pytest.fail(f"asked the other ranks about {error!r}"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.weight_sync.push(1)
 
 
 def test_over_sampling_keeps_the_first(engine: Any) -> None:

@@ -10,8 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 from dppo_mcore.model.config import load_qwen_config
+from dppo_mcore.rollout import engine_loader, wire
 from dppo_mcore.rollout.base import EngineError, GenerationRequest
 from dppo_mcore.rollout.vllm import VllmEngine
 from tests.rollout import cases, protocol
@@ -100,3 +102,21 @@ def test_what_it_cannot_do_is_said(engine: VllmEngine, tiny_dir: str) -> None:
         engine.receiver.join_group("127.0.0.1", 1, "nccl")  # type: ignore[union-attr]
     with pytest.raises(EngineError, match="give its URL"):
         VllmEngine(cases.config(tiny_dir, "run"), engine.qwen, [], cases.Spelling())
+
+
+def test_a_restarted_server_makes_its_side_of_the_transfer_again(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each server, not for each update."""
+    monkeypatch.setattr(engine_loader, "cuda_buffer", lambda handle: torch.zeros(64, dtype=torch.uint8))
+    monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_tensor", lambda tensor: "opened by vLLM")
+    slots, _ = wire.lay_out([("norm.weight", "float32", (4,))])
+    handle = {"cuda": {"uuid": "GPU-0"}, "slots": [slot.to_json() for slot in slots]}
+    receiver = engine.receiver
+    assert receiver is not None
+    for version in (1, 2):
+        engine.update_weights(version, lambda: receiver.load_shared([], handle))
+    assert engine._restart("it was lost") == ""
+    engine.update_weights(3, lambda: receiver.load_shared([], handle))
+    made = [path for path, _ in StandIn.calls if path in ("/init_weight_transfer_engine", "/update_weights")]
+    assert made == ["/init_weight_transfer_engine", "/update_weights", "/update_weights"] + made[:2]

@@ -16,12 +16,19 @@ from dppo_mcore.learn.sft import sft_step
 from dppo_mcore.rollout.answers import as_prefix
 from dppo_mcore.rollout.base import GenerationRequest, Sampling, banned_ids, eos_ids, make_engine, sampling_from
 from dppo_mcore.runtime import parallel
+from dppo_mcore.sync import buffers
 from dppo_mcore.sync.push import WeightSync, attach
 from dppo_mcore.types import Prompt, Rollout
 from tests.learn.groups import random_conversations
 from tests.rollout import cases
 
 KEPT: dict[str, Any] = {}
+ATTACH = buffers.attach
+
+
+def nowhere(handle: Any) -> Any:
+    """Memory of another machine."""
+    raise FileNotFoundError(f"{handle} is on another node")
 
 
 def build(config: Config, shims: str) -> None:
@@ -71,13 +78,17 @@ def train(steps: int) -> None:
 
 
 def make_sync(transport: str, far_stage: bool = False, **options: Any) -> WeightSync:
-    """A sync of the kept engine over `transport`; with `far_stage` later stages claim to be on another node."""
+    """A sync of the kept engine over `transport`; with `far_stage` later stages claim to be on another node.
+
+    The leader's memory doesn't exist there: whoever tries to map it fails.
+    """
     from megatron.core import parallel_state
 
     learner, engine = KEPT["learner"], KEPT["engine"]
     config = replace(KEPT["config"], rollout=replace(KEPT["config"].rollout, weight_transport=transport))
     if far_stage:
         options["host"] = f"node-{min(1, parallel_state.get_pipeline_model_parallel_rank())}"
+    buffers.attach = nowhere if options.get("host") == "node-1" else ATTACH
     sync = WeightSync(learner.models, engine, learner.qwen, config, **options)
     engine.push_again = sync.again
     return sync

@@ -6,7 +6,8 @@ import pytest
 
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.weight_map import WeightMap
-from dppo_mcore.sync.plan import Owner, RankPlace, SyncError, SyncPlan, make_plan
+from dppo_mcore.rollout.base import SyncError
+from dppo_mcore.sync.plan import Owner, RankPlace, SyncPlan, make_plan
 
 
 @pytest.fixture(scope="module")

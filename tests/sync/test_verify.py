@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dppo_mcore.sync.plan import SyncError
+from dppo_mcore.rollout.base import SyncError
 from dppo_mcore.sync.verify import compare, compare_logprobs, total
 
 
