@@ -29,7 +29,7 @@ SGLANG_PYTHONS = (sys.executable, "/opt/sglang/bin/python", TEST_SGLANG)
 IMPORT_SGLANG = (
     "import importlib.metadata as m; print(m.version('sglang'), flush=True); import sglang; sglang.Engine.generate"
 )
-SGLANG_IMPORT_S = 60
+SGLANG_IMPORT_S = 120
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def steps(options: argparse.Namespace) -> list[Step]:
     return [
         Step("environment", ("nvidia-smi",), 20, needs=()),
         Step("kernels-native", ("{python}", "tools/bare_pytest.py", "--jobs", jobs, *KERNEL_TESTS), 200),
+        Step("ipc", ("{python}", "tools/check_ipc.py", "--json", "{out}/ipc.json"), 60, needs=("torch",)),
         Step("head", head, 180, optional=("liger_kernel", "cut_cross_entropy")),
         Step("policy-loss", ("{python}", "tools/bench_policy_loss.py", "--json", "{out}/policy-loss.json"), 60),
         Step("advantages", ("{python}", "tools/bench_advantages.py", "--json", "{out}/advantages.json"), 40),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +15,7 @@ from dppo_mcore.sync.buffers import CudaBuffer
 from dppo_mcore.sync.plan import RankPlace
 from dppo_mcore.sync.push import WeightSync
 
+ROOT = Path(__file__).resolve().parents[2]
 LEADER = RankPlace(0, 0, "node-0")
 
 
@@ -54,3 +58,10 @@ def test_a_buffer_has_one_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = CudaBuffer.__new__(CudaBuffer)
     buffer.nbytes, buffer._tensor = 4, torch.zeros(4, dtype=torch.uint8)
     assert buffer.handle is buffer.handle and len(shared) == 1
+
+
+def test_buffers_cross_processes_and_leave_nothing() -> None:
+    """The same check that runs on a GPU, over shared memory."""
+    command = [sys.executable, "tools/check_ipc.py", "--device", "cpu", "--rounds", "4", "--mib", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
