@@ -136,8 +136,8 @@ def test_sleep_and_wake(engine: Any) -> None:
     engine.sleep()
     assert engine.weight_version == -1
     engine.weight_sync.push(1)
-    engine.wake()
     assert sum(counted(engine, requests(engine, 2, 2)).values()) == 4
+    engine.wake()
 
 
 def test_sleep_waits_for_what_is_ending(engine: Any) -> None:
