@@ -245,7 +245,7 @@ class OptimizerConfig:
     optimizer: Literal["adam", "muon"] = "adam"
     """AdamW, or Muon for matrices with AdamW for the rest."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     adam_beta1: float = 0.9
     """AdamW's first moment."""
     adam_beta2: float = 0.98
