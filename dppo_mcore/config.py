@@ -165,7 +165,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probs are those of the tempered distribution."""
     top_p: float = 1.0
-    """Nucleus; below 1 the embedded engine's log-probs are those of the renormalised distribution, SGLang's are not."""
+    """Nucleus; below 1 the log-probs of `inprocess` and `vllm` are renormalised over what is kept, `sglang`'s not."""
     top_k: int = 0
     """Most likely tokens kept; 0 keeps all."""
     stop: tuple[str, ...] = ()
@@ -201,7 +201,7 @@ class RlConfig:
     tis_cap: float | None = None
     """Cap of the truncated importance weight for rollout/trainer mismatch; None is off."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
-    """Whose log-probs the ratio starts from."""
+    """Whose log-probs the ratio starts from. Neither `engine` nor tis_cap goes with top_p or top_k, but on `sglang`."""
     importance_level: Literal["token", "sequence"] = "token"
     """Ratio per token (GRPO) or per sequence (GSPO)."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"] = "token-mean"
@@ -245,7 +245,7 @@ class OptimizerConfig:
     optimizer: Literal["adam", "muon"] = "adam"
     """AdamW, or Muon for matrices with AdamW for the rest."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     adam_beta1: float = 0.9
     """AdamW's first moment."""
     adam_beta2: float = 0.98

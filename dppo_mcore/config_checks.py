@@ -239,6 +239,7 @@ def _check_training(config: Config, world_size: int) -> None:
     needs_fields = config.rl.old_logprobs == "engine" and config.rl.tis_cap is not None
     if needs_fields:
         raise ConfigError("tis_cap: corrects the trainer's old log-probs; it has no meaning with old_logprobs engine")
+    _check_truncation(config)
     tokens = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.data.max_tokens_per_micro_batch < tokens:
         raise ConfigError(
@@ -256,6 +257,19 @@ def _check_training(config: Config, world_size: int) -> None:
     total = practice.mix_weak + practice.mix_retrieved + practice.mix_own + practice.mix_general
     if abs(total - 1) > 1e-6:
         raise ConfigError(f"mix_weak: the shares weak, retrieved, own, general add up to {total:g}, not 1")
+
+
+def _check_truncation(config: Config) -> None:
+    """The loss is over the whole softmax, as SGLang's log-probs are; the other engines' are over what is kept."""
+    rollout, rl = config.rollout, config.rl
+    field = "top_p" if rollout.top_p < 1 else "top_k"
+    truncates = rollout.top_p < 1 or rollout.top_k > 0
+    user = "old_logprobs engine" if rl.old_logprobs == "engine" else "tis_cap"
+    if truncates and rollout.rollout_engine != "sglang" and (rl.old_logprobs == "engine" or rl.tis_cap is not None):
+        raise ConfigError(
+            f"{field}: {getattr(rollout, field)} makes {rollout.rollout_engine}'s log-probs those of the kept tokens "
+            f"only, which biases {user}; set top_p 1 and top_k 0, or old_logprobs trainer without tis_cap"
+        )
 
 
 def _check_partial(config: Config) -> None:

@@ -59,7 +59,7 @@ class AdamW:
     """Megatron's distributed optimizer: moments and fp32 main weights sharded over data-parallel ranks."""
 
     def __init__(self, config: Config, chunks: Sequence[DistributedDataParallel]) -> None:
-        options = config.optimizer
+        self.options = options = config.optimizer
         bf16 = config.model.dtype == "bf16"
         self.inner = get_megatron_optimizer(
             MegatronConfig(
@@ -88,6 +88,11 @@ class AdamW:
         """One AdamW step on this rank's shard, then the all-gather of updated weights."""
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
+            # The rest too: Megatron leaves wd_mult to a scheduler of its own, and a checkpoint brings what it was
+            # written with.
+            group["weight_decay"] = self.options.weight_decay * group.get("wd_mult", 1.0)
+            group["betas"] = (self.options.adam_beta1, self.options.adam_beta2)
+            group["eps"] = self.options.adam_eps
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):

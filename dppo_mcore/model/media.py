@@ -85,18 +85,19 @@ class GatherFrames(torch.autograd.Function):
         return grad_MH.index_select(0, ctx.own) * ctx.ranks, None, None
 
 
-class ZeroGrads(torch.autograd.Function):
-    """Passes `x` on and gives every parameter a zero gradient, so that a rank or micro-batch without frames takes
-    part in gradient reductions like the others."""
+class ZeroGrad(torch.autograd.Function):
+    """Passes `x` on and gives one parameter a zero gradient, so that a rank or micro-batch without frames takes part
+    in gradient reductions like the others."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = (parameter.shape, parameter.dtype, parameter.device)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return grad, *(torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return grad, torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def check_media(batch: PackedBatch, qwen: QwenConfig, embeddings: int | None = None) -> None:

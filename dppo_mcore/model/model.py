@@ -16,7 +16,7 @@ from dppo_mcore.config import Config, ModelConfig
 from dppo_mcore.model.attention import plan_attention
 from dppo_mcore.model.config import QwenConfig, transformer_config
 from dppo_mcore.model.language import build_language
-from dppo_mcore.model.media import GatherFrames, ZeroGrads, check_media, share_frames
+from dppo_mcore.model.media import GatherFrames, ZeroGrad, check_media, share_frames
 from dppo_mcore.model.vision import VisionTower
 from dppo_mcore.runtime import device
 from dppo_mcore.types import PackedBatch
@@ -143,9 +143,16 @@ class QwenVL(MegatronModule):
         return GatherFrames.apply(local_UH, shares, group) if group.size() > 1 else local_UH
 
     def _touch_vision(self, x: Tensor) -> Tensor:
-        """`x`, from which the backward pass gives every learning vision parameter a zero gradient."""
-        learning = [p for p in self.vision.parameters() if p.requires_grad]
-        return ZeroGrads.apply(x, *learning) if learning and torch.is_grad_enabled() else x
+        """`x`, from which the backward pass gives every learning vision parameter a zero gradient.
+
+        One after the other, in the order in which frames would: Megatron reduces a bucket of gradients as soon as they
+        are there, and data-parallel ranks must come to their buckets in one order, with frames and without.
+        """
+        if torch.is_grad_enabled():
+            for parameter in self.vision.parameters():
+                if parameter.requires_grad:
+                    x = ZeroGrad.apply(x, parameter)
+        return x
 
 
 def build_model(qwen: QwenConfig, config: Config) -> list[QwenVL]:

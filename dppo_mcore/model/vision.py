@@ -1,7 +1,8 @@
 """The vision tower: patches of independent frames to media embeddings.
 
 Every block attends within windows or within a frame, never across frames, so frames can be encoded anywhere.
-Parameter names are the checkpoint's, after `visual.`.
+Parameter names are the checkpoint's, after `visual.`. Parts are made in the order in which they are used: what a
+micro-batch without frames does for the parameters' gradients (`QwenVL._touch_vision`) relies on it.
 """
 
 from __future__ import annotations
@@ -194,8 +195,8 @@ class VisionBlock(nn.Module):
     def __init__(self, vision: VisionConfig) -> None:
         super().__init__()
         self.norm1 = VisionNorm(vision.hidden_size)
-        self.norm2 = VisionNorm(vision.hidden_size)
         self.attn = VisionAttention(vision)
+        self.norm2 = VisionNorm(vision.hidden_size)
         self.mlp = VisionMlp(vision)
 
     def forward(self, x_PC: Tensor, layout: FrameLayout, spans: Spans) -> Tensor:

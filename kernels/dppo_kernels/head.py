@@ -64,9 +64,11 @@ class Head:
         self._buffers: dict[str, Tensor] = {}
 
     def _chunk_rows(self, workspace_mib: float) -> int:
+        """Rows whose logits fit the workspace. Every chunk has collectives, so all ranks must come to the same number:
+        the columns are those of an even share, not this rank's own."""
         wide, narrow = self.dtype.itemsize, self.hidden_NH.dtype.itemsize
         width = self.hidden_NH.shape[1]
-        per_row = wide * (_padded(self.weight_VH.shape[0]) + width + 8 * self.shard.world) + 2 * narrow * width
+        per_row = wide * (_padded(self.shard.share) + width + 8 * self.shard.world) + 2 * narrow * width
         budget = workspace_mib * 2**20
         budget = max(budget - FIXED_BYTES, budget / 2)
         return max(1, int(budget / per_row / ROW_QUANTUM)) * ROW_QUANTUM

@@ -45,9 +45,10 @@ def linear_logprob(
     with the same hidden and targets, values are bit-identical on all, and hidden's gradient is already summed.
     `vocab_start` is this rank's first id, `vocab_size` the ids of the whole vocabulary (further columns are padding);
     where either is None a group exchanges its sizes. A weight with `main_grad` gets its gradient there.
-    `workspace_mib` bounds the scratch memory down to chunks of 128 rows. `valid_count` is how many rows count, for
-    callers who know: the device need not be asked. Backend "triton_fused" computes the forward values without scratch
-    memory, in one kernel.
+    `workspace_mib` bounds the scratch memory down to chunks of 128 rows, for a rank with an even share of the
+    vocabulary (all ranks take chunks of the same rows). `valid_count` is how many rows count, for callers who know:
+    the device need not be asked. Backend "triton_fused" computes the forward values without scratch memory, in one
+    kernel.
     """
     check_inputs(hidden, weight, targets, temperature)
     name = backends.resolve(backend, hidden, ("torch", "triton", "triton_fused"))

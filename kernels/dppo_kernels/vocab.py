@@ -23,6 +23,12 @@ class VocabShard:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
+    def share(self) -> int:
+        """Columns of a rank's even share, in whole 64s as shards are padded: the same number on every rank, where
+        `columns` is smaller on those that hold padding."""
+        return self.columns if self.group is None else -(-self.total // (64 * self.world)) * 64
+
+    @property
     def first(self) -> int:
         """Smallest id that some rank can own."""
         return self.start if self.group is None else 0

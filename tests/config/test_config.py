@@ -42,6 +42,13 @@ def test_a_right_configuration_passes(model: Path) -> None:
     parse(model, 8, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")
 
 
+def test_truncated_sampling_passes_where_log_probs_are_of_the_whole_softmax_or_unused(model: Path) -> None:
+    truncated = ["--top-p", "0.9", "--top-k", "40"]
+    parse(model, 1, *truncated)
+    for use in (["--tis-cap", "2"], ["--old-logprobs", "engine"]):
+        parse(model, 1, *truncated, *use, "--rollout-engine", "sglang", "--rollout-url", "http://127.0.0.1:1")
+
+
 # world size, flags, the field that the one line must begin with
 WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--tensor-model-parallel-size", "2"], "tensor_model_parallel_size"),
@@ -86,6 +93,9 @@ WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--rollout-partial"], "rollout_partial"),
     (1, ["--rollout-partial", "--tis-cap", "2", "--rollout-step-tokens", "2000"], "rollout_step_tokens"),
     (1, ["--rollout-partial", "--tis-cap", "2", "--dump-rollouts", "dump"], "rollout_partial"),
+    (1, ["--top-p", "0.9", "--tis-cap", "2"], "top_p"),
+    (1, ["--top-k", "40", "--old-logprobs", "engine"], "top_k"),
+    (1, ["--rollout-engine", "vllm", "--rollout-url", "http://x", "--top-p", "0.9", "--tis-cap", "2"], "top_p"),
     (1, ["--freeze-vision", "--freeze-merger", "--freeze-language"], "freeze_language"),
     (1, ["--config", "/does/not/exist.yaml"], "--config"),
     (1, ["--config", "/"], "--config"),

@@ -51,15 +51,23 @@ def logprobs(lengths: list[int], vocab: int, told: bool, backend: str, masked: f
     return dict(value=value.detach(), entropy=entropy.detach(), hidden=hidden.grad, weight=shard.grad)
 
 
-def policy(lengths: list[int], vocab: int, level: str, masked: bool, backend: str) -> dict[str, Any]:
+def policy(
+    lengths: list[int],
+    vocab: int,
+    level: str,
+    masked: bool,
+    backend: str,
+    rows: int = 200,
+    workspace_mib: float = 0.01,
+) -> dict[str, Any]:
     """Loss and gradients of linear_policy_loss, and how many collectives were issued."""
     group, rank = group_of(len(lengths))
-    hidden, weight, targets = head_case(200, 16, vocab)
+    hidden, weight, targets = head_case(rows, 16, vocab)
     shard, start = shard_of(weight, lengths, rank)
     hidden, shard = hidden.requires_grad_(), shard.requires_grad_()
     source = torch.Generator().manual_seed(4)
-    old = -4 + torch.randn(200, generator=source)
-    mask = torch.zeros(200) if masked else (torch.rand(200, generator=source) < 0.7).float()
+    old = -4 + torch.randn(rows, generator=source)
+    mask = torch.zeros(rows) if masked else (torch.rand(rows, generator=source) < 0.7).float()
     issued = 0
     real = dist.all_reduce
 
@@ -71,8 +79,9 @@ def policy(lengths: list[int], vocab: int, level: str, masked: bool, backend: st
     dist.all_reduce = counted
     try:
         loss, metrics = linear_policy_loss(
-            hidden, shard, targets, old, torch.randn(200, generator=source), mask, group=group, vocab_start=start,
-            vocab_size=vocab, level=level, cu_seqlens=torch.tensor([0, 150, 200]), workspace_mib=0.01, backend=backend,
+            hidden, shard, targets, old, torch.randn(rows, generator=source), mask, group=group, vocab_start=start,
+            vocab_size=vocab, level=level, cu_seqlens=torch.tensor([0, 3 * rows // 4, rows]),
+            workspace_mib=workspace_mib, backend=backend,
         )  # fmt: skip
         loss.backward()
     finally:

@@ -47,23 +47,37 @@ def check_logprobs(pool: RankPool, lengths: list[int], told: bool, backend: str)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_policy_loss(pool2: RankPool, pool4: RankPool, backend: str, level: str) -> None:
     for pool, lengths in ((pool2, [60, 62]), (pool4, [1, 60, 61, 10])):
-        ranks = pool.run(parallel_cases.policy, lengths, VOCAB, level, False, backend)
-        hidden, weight, targets = head_case(200, 16, VOCAB)
-        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-        source = torch.Generator().manual_seed(4)
-        old = -4 + torch.randn(200, generator=source)
-        mask = torch.rand(200, generator=source) < 0.7
-        loss, _ = linear_policy_loss(
-            hidden, weight, targets, old, torch.randn(200, generator=source), mask,
-            level=level, cu_seqlens=torch.tensor([0, 150, 200]), backend="torch",
-        )  # fmt: skip
-        loss.backward()
-        for found in ranks:
-            assert torch.equal(found["loss"], ranks[0]["loss"]) and torch.equal(found["hidden"], ranks[0]["hidden"])
-        assert ranks[0]["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
-        assert relative(ranks[0]["hidden"], hidden.grad) <= 2e-6
-        spread = torch.cat([found["weight"] for found in ranks])[:VOCAB]
-        assert relative(spread, weight.grad) <= 2e-6
+        check_policy(pool, lengths, VOCAB, level, backend)
+
+
+@pytest.mark.parametrize("lengths", [[128, 128], [30, 110]], ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_unequal_columns_make_no_unequal_chunks(pool2: RankPool, lengths: list[int], level: str) -> None:
+    """By its own columns one rank would take the 228 rows that count in chunks of 128, the other all at once."""
+    check_policy(pool2, lengths, 140, level, "torch", rows=400, workspace_mib=0.2)
+
+
+def check_policy(
+    pool: RankPool, lengths: list[int], vocab: int, level: str, backend: str, rows: int = 200, **more: float
+) -> None:
+    """All ranks against one."""
+    ranks = pool.run(parallel_cases.policy, lengths, vocab, level, False, backend, rows, timeout_s=60.0, **more)
+    hidden, weight, targets = head_case(rows, 16, vocab)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    source = torch.Generator().manual_seed(4)
+    old = -4 + torch.randn(rows, generator=source)
+    mask = torch.rand(rows, generator=source) < 0.7
+    loss, _ = linear_policy_loss(
+        hidden, weight, targets, old, torch.randn(rows, generator=source), mask,
+        level=level, cu_seqlens=torch.tensor([0, 3 * rows // 4, rows]), backend="torch",
+    )  # fmt: skip
+    loss.backward()
+    for found in ranks:
+        assert torch.equal(found["loss"], ranks[0]["loss"]) and torch.equal(found["hidden"], ranks[0]["hidden"])
+    assert ranks[0]["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+    assert relative(ranks[0]["hidden"], hidden.grad) <= 2e-6
+    spread = torch.cat([found["weight"] for found in ranks])[:vocab]
+    assert relative(spread, weight.grad) <= 2e-6
 
 
 def test_without_a_valid_row_every_collective_is_still_issued(pool2: RankPool) -> None:

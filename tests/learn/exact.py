@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
 
 from dppo_mcore.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from dppo_mcore.learn import state as learn_state
 from dppo_mcore.learn.loss import CrossEntropy, Loss, PolicyLoss
 from dppo_mcore.learn.muon import Muon
 from dppo_mcore.learn.state import Learner, build
@@ -39,6 +42,13 @@ def config(model: str, layout: ParallelConfig, optimizer: str = "adam", **model_
         model=ModelConfig(dtype="fp32", freeze_vision=False, **model_options),
         optimizer=OptimizerConfig(optimizer=optimizer, clip_grad=0.0),
     )
+
+
+def build_in_buckets(options: Config) -> Learner:
+    """A learner whose gradients are reduced in many buckets, as a large model's are."""
+    buffers = partial(learn_state.DistributedDataParallelConfig, bucket_size=256)
+    with mock.patch.object(learn_state, "DistributedDataParallelConfig", buffers):
+        return build(options)
 
 
 def step_to_gradient(state: Learner) -> None:
@@ -109,7 +119,7 @@ def outcomes(
 ) -> dict[tuple[str, str], Outcome] | None:
     """Per (loss, cut) what one step does; on rank 0 only, to keep the pipe small."""
     parallel.reinit(layout, seed=0)
-    state = build(config(model, layout, optimizer, **options))
+    state = build_in_buckets(config(model, layout, optimizer, **options))
     step_to_gradient(state)
     batch = random_questions(state.qwen, questions, 3, columns=COLUMNS)
     weights = [p.detach().clone() for m in state.models for p in m.parameters()]

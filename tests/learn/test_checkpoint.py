@@ -135,6 +135,21 @@ def test_a_checkpoint_of_tp2_pp2_goes_on_under_other_layouts(
 
 
 @pytest.mark.usefixtures("world")
+def test_a_resumed_optimizer_goes_by_the_present_options(tiny_dir: str, tmp_path: Path) -> None:
+    """A checkpoint has Megatron's groups in it, decay, betas and epsilon with them; flags changed since then count."""
+    Saver(tmp_path, background=False).save(make(tiny_dir, DP2, "adam"), 1, {})
+    changed = OptimizerConfig(weight_decay=0.3, adam_beta1=0.7, adam_beta2=0.8, adam_eps=1e-3)
+    state = build(Config(run=RunConfig(model=tiny_dir), model=ModelConfig(dtype="fp32"), optimizer=changed))
+    checkpoint.load(state, tmp_path)
+    advance(state, 0, 1)
+    groups = state.optimizer.inner.param_groups
+    assert {(group["weight_decay"], *group["betas"], group["eps"]) for group in groups} == {
+        (0.3, 0.7, 0.8, 1e-3),
+        (0.0, 0.7, 0.8, 1e-3),
+    }
+
+
+@pytest.mark.usefixtures("world")
 def test_latest_keep_and_best(tiny_dir: str, tmp_path: Path) -> None:
     state = make(tiny_dir, DP2, "adam")
     saver = Saver(tmp_path, keep=2, background=True)

@@ -33,12 +33,12 @@ Make = Callable[..., Learner]
 def learner(tiny_dir: str) -> Iterator[Make]:
     parallel.start(ParallelConfig(), seed=0)
 
-    def make(optimizer: str = "adam", **rl: Any) -> Learner:
+    def make(optimizer: str = "adam", weight_decay: float = 0.0, **rl: Any) -> Learner:
         state = build(
             Config(
                 run=RunConfig(model=tiny_dir),
                 model=ModelConfig(dtype="fp32"),
-                optimizer=OptimizerConfig(optimizer=optimizer),
+                optimizer=OptimizerConfig(optimizer=optimizer, weight_decay=weight_decay),
                 rl=RlConfig(**rl),
                 data=DataConfig(max_tokens_per_micro_batch=256),
             )
@@ -152,6 +152,23 @@ def test_a_step_is_the_same_under_every_budget(level: str, learner: Make) -> Non
             assert theirs.loss == pytest.approx(mine.loss, abs=tolerance)
             assert theirs.grad_norm == pytest.approx(mine.grad_norm, rel=10 * tolerance)
         assert other.metrics["rl/kl_rollout"] == pytest.approx(found[0].metrics["rl/kl_rollout"], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_weight_decay_spares_norms_and_biases(learner: Make, optimizer: str) -> None:
+    """Without a gradient decay is all that a step does: to matrices, as with transformers' and TRL's trainers."""
+    state = learner(optimizer, weight_decay=0.5)
+    before = weights(state)
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    assert state.optimizer.step(0.1, 0.0) == (0.0, True)
+    named = [(name, parameter) for model in state.models for name, parameter in model.named_parameters()]
+    decayed = []
+    for (name, parameter), value in zip(named, before, strict=True):
+        decays = parameter.requires_grad and parameter.ndim > 1
+        torch.testing.assert_close(parameter.detach(), 0.95 * value if decays else value, msg=name)
+        decayed.append(decays)
+    assert {True, False} == set(decayed)
 
 
 def test_overlong_penalty() -> None:

@@ -48,11 +48,14 @@ def start_model(
 
 
 def wrap(chunks: Sequence[QwenVL], distributed_optimizer: bool = False, overlap: bool = False) -> list[Any]:
-    """Megatron's data-parallel wrappers, gradients reduced in fp32 and summed."""
+    """Megatron's data-parallel wrappers, gradients reduced in fp32 and summed; with `overlap` in many small buckets."""
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=overlap
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        bucket_size=256 if overlap else None,
     )
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
@@ -129,14 +132,18 @@ def parity(
     oracle: str,
     overlap: bool = False,
 ) -> dict[str, Any]:
-    """On a rank: log-prob and gradient errors of one step against the oracle saved in the file `oracle`."""
+    """On a rank: log-prob and gradient errors of one step against the oracle saved in the file `oracle`.
+
+    With `overlap` it is the second step: in the first Megatron starts no reduction before the backward pass has ended.
+    """
     expected = torch.load(oracle)
     qwen, chunks = start_model(folder, parallel, model)
     wrapped = wrap(chunks, overlap=overlap)
     mine = list(enumerate(batches))[
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
-    outputs = run_schedule(wrapped, [batch for _, batch in mine])
+    for _ in range(2 if overlap else 1):
+        outputs = run_schedule(wrapped, [batch for _, batch in mine])
     logprob_error = max(
         (
             float((got - expected["logprobs"][index]).abs().max())
@@ -148,6 +155,23 @@ def parity(
     worst = max(errors, key=errors.__getitem__, default="none")
     dist.barrier()
     return {"outputs": len(outputs), "logprob": logprob_error, "gradient": errors.get(worst, 0.0), "worst": worst}
+
+
+def gradient_orders(
+    folder: str, parallel: ParallelConfig, model: ModelConfig, batches: Sequence[PackedBatch]
+) -> list[list[str]]:
+    """On a rank: the order in which each row's backward pass finishes the parameters' gradients."""
+    _, chunks = start_model(folder, parallel, model)
+    finished: list[str] = []
+    for name, parameter in chunks[0].named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: finished.append(name))
+    orders = []
+    for batch in batches:
+        (head_logprobs(chunks[0], chunks[0](batch), batch) * batch.columns["weights"]).sum().backward()
+        orders.append(finished.copy())
+        finished.clear()
+    return orders
 
 
 def training(

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dppo_mcore.config import ModelConfig, ParallelConfig
-from dppo_mcore.model.config import load_qwen_config
+from dppo_mcore.model.config import QwenConfig, load_qwen_config
+from tests.model.cases import conversation, pack
 from tests.model.conftest import Case
-from tests.model.harness import TRAIN_ALL, bf16_logprobs, layout, parity, training
+from tests.model.harness import TRAIN_ALL, bf16_logprobs, gradient_orders, layout, parity, training
 from tests.model.reference import reference_training
 from tests.support.rank_pool import RankPool
 
@@ -33,6 +34,7 @@ TWO_RANKS = {
     "tp2-frozen-vision": (layout(2), FROZEN),
     "tp2-sp-merger-only": (layout(2, sp=True), MERGER_ONLY),
     "tp2-tower-only": (layout(2), TOWER_ONLY),
+    "dp2-frozen-vision": (layout(), FROZEN),
     "dp2-language-only": (layout(), LANGUAGE_ONLY),
     "pp2": (layout(1, 2), TRAIN_ALL),
     "pp2-merger-only": (layout(1, 2), MERGER_ONLY),
@@ -104,10 +106,20 @@ def test_shared_prompts_on_four_ranks(pool4: RankPool, group_case: Case) -> None
     check(pool4, group_case, *FOUR_RANKS["tp2-pp2-vpp2-sp"])
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2"])
+@pytest.mark.parametrize("name", ["dp2", "dp2-full-recompute", "dp2-frozen-vision", "tp2"])
 def test_ranks_without_media_reduce_in_step(pool2: RankPool, mixed_case: Case, name: str) -> None:
-    """With overlapped reduction a parameter without a gradient would leave its bucket waiting."""
-    check(pool2, mixed_case, *TWO_RANKS[name], overlap=True)
+    """With overlapped reduction a parameter without a gradient would leave its bucket waiting, and gradients in
+    another order than on a rank with media would have the ranks reduce different buckets with each other."""
+    check(pool2, mixed_case, *TWO_RANKS[name], overlap=True, timeout_s=60.0)
+
+
+@pytest.mark.parametrize("name", ["dp2", "dp2-full-recompute", "dp2-frozen-vision", "tp2", "tp2-tower-only"])
+def test_gradients_come_in_one_order(pool2: RankPool, mixed_case: Case, qwen: QwenConfig, name: str) -> None:
+    """With media, without, and at TP2 of one frame that another rank encodes."""
+    image = pack([conversation(qwen, "image", 21, [((1, 6, 4), None)], [5])], qwen)
+    ranks = pool2.run(gradient_orders, mixed_case.folder, *TWO_RANKS[name], [*mixed_case.batches, image])
+    orders = [order for rank in ranks for order in rank]
+    assert len(orders[0]) > 20 and all(order == orders[0] for order in orders)
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2-sp", "pp2-vpp2"])
