@@ -145,7 +145,7 @@ def _check_overlaps(report: Report, manifest: Manifest, evaluations: Sequence[Ma
             where = (str(evaluation.path), sample.id)
             others.setdefault(_sample_print(sample, prints), where)
             for media in sample.media:
-                other_media.setdefault(_media_print(media, prints), where)
+                other_media.setdefault(media_print(media, prints), where)
     seen: dict[bytes, str] = defaultdict(str)
     for sample in manifest:
         whole = _sample_print(sample, prints)
@@ -154,7 +154,7 @@ def _check_overlaps(report: Report, manifest: Manifest, evaluations: Sequence[Ma
         else:
             seen[whole] = sample.id
         shared = [
-            other_media[key] for key in (_media_print(media, prints) for media in sample.media) if key in other_media
+            other_media[key] for key in (media_print(media, prints) for media in sample.media) if key in other_media
         ]
         if whole in others:
             report.leaks.append(Leak(sample.id, *others[whole], "same media and question"))
@@ -168,11 +168,11 @@ def _sample_print(sample: Sample, prints: dict[str, bytes]) -> bytes:
         if turn.role != "system":
             digest.update(" ".join(turn.content.lower().split()).encode() + b"\0")
     for media in sample.media:
-        digest.update(_media_print(media, prints) + f"{media.start}-{media.end}".encode())
+        digest.update(media_print(media, prints) + f"{media.start}-{media.end}".encode())
     return digest.digest()
 
 
-def _media_print(media: Media, prints: dict[str, bytes]) -> bytes:
+def media_print(media: Media, prints: dict[str, bytes]) -> bytes:
     """Of a file's size and both its ends; of its path where it cannot be read."""
     if media.path not in prints:
         digest = hashlib.blake2b(digest_size=16)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import to_yaml
 from dppo_mcore.data.ahead import PromptSource
-from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
 from dppo_mcore.learn import state as learn_state
@@ -18,6 +18,7 @@ from dppo_mcore.learn.checkpoint import Saver
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
+from dppo_mcore.metaloop.pools import POOLS, check_ids, open_pools
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
 from dppo_mcore.model.weights import load_hf_weights
@@ -30,10 +31,6 @@ from dppo_mcore.runtime import device, faults, parallel
 from dppo_mcore.runtime.files import replacing
 from dppo_mcore.runtime.log import Metrics, get_logger
 from dppo_mcore.types import Prompt, Sample
-
-POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
-         "eval-general": "eval_general_data"}  # fmt: skip
-"""Pool names and the options that name their manifests."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,7 @@ def open_run(config: Config) -> Run:
         {pool: getattr(config.data, option) for pool, option in POOLS.items()}, config.data.media_root, exchange
     )
     if ledger is not None:
+        check_ids(pools)
         for name, manifest in pools.items():
             ledger.add_samples(manifest, name)
     run = assemble(config, exchange, pools, learn_state.build(config), folder)
@@ -189,16 +187,6 @@ def close_run(run: Run) -> None:
 
 def _save_folder(config: Config) -> Path:
     return Path(config.run.save) if config.run.save else Path(config.run.run) / "checkpoints"
-
-
-def open_pools(files: Mapping[str, str], media_root: str, exchange: Exchange) -> dict[str, Manifest]:
-    """Every manifest that is named; rank 0 indexes first so that the others find the index."""
-    pools: dict[str, Manifest] = {}
-    for first in (True, False):
-        if first == (exchange.rank == 0):
-            pools = {pool: read_manifest(file, media_root) for pool, file in files.items() if file}
-        exchange.barrier()
-    return pools
 
 
 def _open_rewards(config: Config, template: PromptTemplate) -> RewardPool:
