@@ -14,14 +14,13 @@ from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
 from dppo_mcore.learn import state as learn_state
-from dppo_mcore.learn.checkpoint import Saver
+from dppo_mcore.learn.checkpoint import Saver, load_start
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
 from dppo_mcore.metaloop.pools import POOLS, check_ids, open_pools
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
-from dppo_mcore.model.weights import load_hf_weights
 from dppo_mcore.practice.ledger import Ledger
 from dppo_mcore.practice.prompts import PromptTemplate, load_template
 from dppo_mcore.rewards.pool import RewardPool
@@ -42,10 +41,10 @@ class BareModel:
 
     @classmethod
     def build(cls, config: Config) -> BareModel:
-        """With the weights of `--model`."""
+        """With the weights of `--model`, or of the checkpoint `--load`."""
         qwen = load_qwen_config(config.run.model)
         models = build_model(qwen, config)
-        load_hf_weights(models, config.run.model, qwen)
+        load_start(models, config.run, qwen)
         return cls(qwen, models)
 
 

@@ -73,6 +73,20 @@ def test_the_output_is_asked_for() -> None:
         parse(["--model", "m", "--out", "o.json"])
 
 
+def test_whose_weights(tmp_path: Path) -> None:
+    """A checkpoint that the run's file names is evaluated, unless the command names a model and no checkpoint."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model: base\nload: start\ndata: d\n")
+    for flags, expected in (
+        ([], ("base", "start")),
+        (["--load=end"], ("base", "end")),
+        (["--model", "exported"], ("exported", "")),
+        (["--model", "exported", "--load", "end"], ("exported", "end")),
+    ):
+        config, _ = parse(["--config", str(file), "--out", "o.json", *flags])
+        assert (config.run.model, config.run.load) == expected
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "dppo_mcore.evaluate", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=harness.environment(), cwd=harness.ROOT)
