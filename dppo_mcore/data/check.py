@@ -22,6 +22,7 @@ from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.patches import Geometry
 from dppo_mcore.data.probe import probe
 from dppo_mcore.data.quarantine import Damage
+from dppo_mcore.rewards.registry import without_scorer
 from dppo_mcore.types import Media, Sample
 
 Depth = Literal["rows", "probe", "decode"]
@@ -59,10 +60,13 @@ class Report:
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """(sample, earlier sample) with the same media and the same question."""
     leaks: list[Leak] = field(default_factory=list)
+    scorers: str = ""
+    """What is wrong with objectives that have no scorer."""
 
     def ok(self) -> bool:
-        """Nothing refused, damaged or leaked."""
-        return not (self.refused or self.damaged or any(leak.why != "same media" for leak in self.leaks))
+        """Nothing refused, damaged, leaked or without a scorer."""
+        leaked = any(leak.why != "same media" for leak in self.leaks)
+        return not (self.refused or self.damaged or leaked or self.scorers)
 
 
 def check_manifest(
@@ -71,11 +75,16 @@ def check_manifest(
     depth: Depth = "probe",
     data: DataConfig | None = None,
     workers: int = 2,
+    scored: bool = True,
 ) -> Report:
-    """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see."""
+    """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see.
+
+    What is `scored`, not only learnt, needs objectives that have a scorer by now.
+    """
     report = Report(str(manifest.path), len(manifest))
     report.objectives, report.dimensions = manifest.counts("objective"), manifest.counts("dimension")
     report.sources = manifest.counts("source")
+    report.scorers = without_scorer(report.objectives) if scored else ""
     for row in manifest.refused:
         reason = errors.OUTSIDE if row.media else "refused row"
         report.refused.append(Damage(f"{row.file}:{row.line}", row.media, reason, row.reason))

@@ -132,9 +132,9 @@ class Manifest(Sequence[Sample]):
         """`objective`, `dimension` or `source` of a row, without reading it."""
         return self._names[name][int(self._codes[index, LABELS.index(name)])]
 
-    def counts(self, name: str) -> dict[str, int]:
-        """Rows per value of `objective`, `dimension` or `source`."""
-        column = np.bincount(self._codes[:, LABELS.index(name)], minlength=len(self._names[name]))
+    def counts(self, name: str, first: int | None = None) -> dict[str, int]:
+        """Rows per value of `objective`, `dimension` or `source`, among all rows or the first so many."""
+        column = np.bincount(self._codes[:first, LABELS.index(name)], minlength=len(self._names[name]))
         return {value: int(count) for value, count in zip(self._names[name], column, strict=True)}
 
     def _read(self, index: int) -> bytes:

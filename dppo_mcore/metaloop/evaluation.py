@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dppo_mcore.metaloop.pools import HELD_OUT
 from dppo_mcore.metaloop.rolling import greedy, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake
 from dppo_mcore.practice.ledger import Evaluation
 from dppo_mcore.types import Sample, ScoredRollout
 
-HELD_OUT = ("eval", "eval-general")
 CHUNK = 256
 """Samples rolled out at a time."""
 Z95 = 1.959964

@@ -18,7 +18,7 @@ from dppo_mcore.learn.checkpoint import Saver, load_start
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
-from dppo_mcore.metaloop.pools import POOLS, check_ids, open_pools
+from dppo_mcore.metaloop.pools import POOLS, check_ids, check_objectives, open_pools, remarks
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
 from dppo_mcore.practice.ledger import Ledger
@@ -116,6 +116,7 @@ def open_run(config: Config) -> Run:
         {pool: getattr(config.data, option) for pool, option in POOLS.items()}, config.data.media_root, exchange
     )
     if ledger is not None:
+        check_objectives(pools, config.practice.objectives)
         check_ids(pools)
         for name, manifest in pools.items():
             ledger.add_samples(manifest, name)
@@ -130,6 +131,8 @@ def open_evaluation(config: Config, data: str) -> Run:
     faults.watch()
     exchange = Exchange.join()
     pools = open_pools({"eval": data}, config.data.media_root, exchange)
+    if exchange.rank == 0:
+        check_objectives(pools, config.practice.objectives)
     return assemble(config, exchange, pools, BareModel.build(config), None)
 
 
@@ -143,9 +146,9 @@ def assemble(
     engine = make_engine(_engine_config(config), model.qwen, model.models, source.processor.chat)
     engine.start()
     log = get_logger()
-    for name, manifest in pools.items():
-        if manifest.refused and exchange.rank == 0:
-            log.warning(f"pool {name}: {len(manifest.refused)} row(s) refused, the first: {manifest.refused[0]}")
+    if exchange.rank == 0:
+        for line in remarks(pools, config.output.eval_samples):
+            log.warning(line)
     output = config.output
     return Run(
         config=config,

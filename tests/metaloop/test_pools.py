@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from dppo_mcore.data.manifest import Manifest
-from dppo_mcore.metaloop.pools import check_ids, names_of, open_pools
+from dppo_mcore.metaloop.pools import check_ids, check_objectives, names_of, open_pools, remarks
 from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.rewards import registry
 from dppo_mcore.runtime.errors import UserError
 from tests.metaloop import harness
 
@@ -83,14 +84,28 @@ def test_one_id_for_two_samples_is_refused(tmp_path: Path, other: dict[str, Any]
     )
 
 
-def test_a_refused_run_keeps_nothing_of_its_manifests(tiny_dir: str, tmp_path: Path) -> None:
-    """A mended id is not beside the old one in the ledger of the same run folder."""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "id 'q1' stands for two samples"),
+        (
+            {"objective": "countin"},
+            "pool eval ({}): no scorer for objective 'countin' (1 rows, did you mean counting?)",
+        ),
+        ({"video": "../1.mp4"}, "pool eval: {} has no usable row (1 refused, the first: {}:1: media path"),
+    ],
+    ids=["ids", "objectives", "rows"],
+)
+def test_a_refused_run_keeps_nothing_of_its_manifests(
+    tiny_dir: str, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """One line, and a mended id will not be beside the old one in the ledger of the same run folder."""
     data = write(tmp_path / "pool.jsonl", row(id="q1"))
-    held_out = write(tmp_path / "eval.jsonl", row("How many now?", id="q1"))
+    held_out = write(tmp_path / "eval.jsonl", row("How many now?", id="q1") | change)
     command = [sys.executable, "-W", "ignore", "-m", "dppo_mcore.train", "--model", tiny_dir, "--data", data]
     command += ["--eval-data", held_out, "--run-folder", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=harness.environment(), cwd=harness.ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("error: id 'q1' stands for two samples"), done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("error: " + message.replace("{}", held_out)), done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     with Ledger(tmp_path / "run" / "ledger.sqlite", write=False) as ledger:
         assert ledger.samples() == {}
@@ -115,3 +130,47 @@ def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "pool.json").write_text('[{"id": 1}')
     with pytest.raises(UserError, match="pool.json: element 2 is not JSON"):
         opened(rl=str(tmp_path / "pool.json"))
+
+
+def test_a_manifest_without_a_usable_row(tmp_path: Path) -> None:
+    """Refused rows are counted and the first one's reason is given; an empty file is called empty."""
+    path = write(tmp_path / "pool.jsonl", row(clip="../1.mp4"), row(gold="4", clip="/etc/1.mp4"))
+    with pytest.raises(UserError, match=r"pool rl: .*pool.jsonl has no usable row \(2 refused, the first: .*:1: media"):
+        opened(rl=path)
+    with pytest.raises(UserError, match=r"pool eval: .*eval.jsonl has no usable row \(empty\)"):
+        opened(eval=write(tmp_path / "eval.jsonl"))
+
+
+def test_objectives_need_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked does, one's own by a file; what is only learnt doesn't."""
+    monkeypatch.setattr(registry, "_SCORERS", dict(registry._SCORERS))
+    file = tmp_path / "own.py"
+    file.write_text("from dppo_mcore.rewards import objective\n\n@objective('shade')\ndef shade(sample, answer):\n"
+                    "    return 1.0\n")  # fmt: skip
+    learnt = write(tmp_path / "base.jsonl", row(objective="caption"))
+    held_out = write(tmp_path / "eval.jsonl", row(objective="shade"), row(objective="shade"), row(objective="exact"))
+    pools = opened(rl=write(tmp_path / "pool.jsonl", row()), general=learnt, base=learnt, eval_general=held_out)
+    with pytest.raises(UserError) as caught:
+        check_objectives(pools, "")
+    assert str(caught.value).startswith(
+        f"pool eval-general ({held_out}): no scorer for objective 'shade' (2 rows); known: affordance, boxes, "
+    )
+    check_objectives(pools, str(file))
+    with pytest.raises(UserError, match="pool rl .*no scorer for objective 'caption' .1 rows.; known:"):
+        check_objectives(opened(rl=learnt), str(file))
+
+
+def test_what_the_first_rows_leave_out_is_said(tmp_path: Path) -> None:
+    """Of an ordered held-out manifest, whose tail an evaluation never asks."""
+    rows = [row(objective=name, source=source) for name, source in (("exact", "a"), ("boxes", "a"), ("boxes", "b"))]
+    pools = opened(rl=write(tmp_path / "pool.jsonl", *rows), eval=write(tmp_path / "eval.jsonl", *rows, *rows[1:]))
+    assert remarks(pools, 0) == remarks(pools, 3) == remarks(pools, 9) == []
+    assert remarks(pools, 1) == [
+        "pool eval: the first 1 of 5 rows (eval_samples) have none of objective 'boxes' (4 rows) and none of source "
+        "'b' (2 rows); shuffle the manifest, or take more of it"
+    ]
+    assert len(remarks(pools, 2)) == 1
+    many = write(tmp_path / "many.jsonl", *(row(source=f"s{number}") for number in range(9)), row(clip="../x.mp4"))
+    refused, left = remarks(opened(eval=many), 2)
+    assert refused.startswith("pool eval: 1 row(s) refused, the first: ")
+    assert "'s6' (1 rows) and 2 more; shuffle" in left
