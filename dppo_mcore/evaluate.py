@@ -17,6 +17,7 @@ from dppo_mcore import config_checks
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import ConfigError, fail, load, override
 from dppo_mcore.runtime import faults
+from dppo_mcore.runtime.errors import UserError
 from dppo_mcore.runtime.files import replacing
 
 
@@ -27,7 +28,12 @@ def evaluate(config: Config, out: Path) -> None:
 
     run = open_evaluation(config, config.data.data)
     samples, answers = answer_pool(run, "eval", config.output.eval_samples)
+    damaged = run.exchange.at_rank0(list(run.source.quarantine.entries()))
     if run.exchange.rank == 0:
+        if not samples and damaged:
+            raise UserError(
+                f"data: none of {len(damaged)} samples can be used, the first: {damaged[0]}; is media_root right?"
+            )
         summary = summarise(samples, answers)
         rows = [
             {"id": sample.id, "objective": sample.objective, "dimension": sample.dimension, "source": sample.source,

@@ -114,7 +114,8 @@ def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]
 
     def keep() -> dict[str, Any]:
         metrics = summarise(samples, answers)
-        run.ledger.record_evaluation(phase, step, pool, metrics, answers)
+        if answers:  # else a run that goes on with its media mended evaluates again
+            run.ledger.record_evaluation(phase, step, pool, metrics, answers)
         return metrics
 
     return run.exchange.from_rank0(keep)

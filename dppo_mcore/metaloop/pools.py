@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def open_pools(files: Mapping[str, str], media_root: str, exchange: Exchange) ->
             )
             raise UserError(f"pool {pool}: {manifest.path} has no usable row ({refused})")
     return pools
+
+
+def samples_of(pools: Mapping[str, Manifest], sample_id: str) -> Iterator[Sample]:
+    """What the pools hold under an id."""
+    for manifest in pools.values():
+        with suppress(KeyError):
+            yield manifest.get(sample_id)
 
 
 def names_of(files: Mapping[str, str]) -> dict[str, str]:

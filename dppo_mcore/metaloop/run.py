@@ -18,7 +18,7 @@ from dppo_mcore.learn.checkpoint import Saver, load_start
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
-from dppo_mcore.metaloop.pools import POOLS, check_ids, check_objectives, open_pools, remarks
+from dppo_mcore.metaloop.pools import POOLS, check_ids, check_objectives, open_pools, remarks, samples_of
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
 from dppo_mcore.practice.ledger import Ledger
@@ -142,6 +142,7 @@ def assemble(
     """Engine, clips and rewards around a model."""
     template = load_template(config.practice.prompt_template)
     quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl" if folder else None)
+    quarantine.keep_for(lambda name: samples_of(pools, name))
     source = PromptSource(config.run.model, config.data, device.device(), quarantine)
     engine = make_engine(_engine_config(config), model.qwen, model.models, source.processor.chat)
     engine.start()
