@@ -100,7 +100,10 @@ def main() -> None:
     config_checks.check_or_exit(config, training=False)
 
     def guarded() -> None:
-        evaluate(config, out)
+        try:
+            evaluate(config, out)
+        except faults.Preempted:
+            raise UserError("stopped by SIGTERM before the last answer; nothing was written") from None
 
     faults.run_guarded(guarded)
 

@@ -77,6 +77,16 @@ class Saver:
         self._write(_sharded_state(state, loading=False), f"step-{step:08d}", meta, self.background)
         return self.folder / f"step-{step:08d}"
 
+    def rate(self, extra: dict[str, Any], score: float) -> None:
+        """Give the newest checkpoint, if it is the one with `extra`, the score that an evaluation found later."""
+        self.finish()
+        newest = latest(self.folder) if dist.get_rank() == 0 else None
+        if newest is None or (meta := read_meta(newest))["extra"] != extra or meta["score"] == score:
+            return
+        with replacing(newest / META) as file:
+            json.dump({**meta, "score": score}, file)
+        self._prune()
+
     def _save_reference(self, state: Learner, name: str) -> None:
         """The reference policy's weights, written once for all checkpoints that go with it."""
         exists = [(self.folder / name / META).is_file()]

@@ -10,7 +10,6 @@ from typing import Any
 from dppo_mcore.data.quarantine import Damage
 from dppo_mcore.learn.rl import RlResult, rl_step
 from dppo_mcore.metaloop import carrying, position, usable
-from dppo_mcore.metaloop.evaluation import evaluate
 from dppo_mcore.metaloop.rolling import Batch, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake
@@ -33,6 +32,8 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
     if config.rl.kl_coef and (done == 0 or run.learner.reference is None):
         run.learner.keep_reference()
     draw, stagnation = _controller(run, phase, done)
+    if done and _evaluates(run, done):
+        position.evaluate_saved(run, phase.name, done)  # where it was stopped; else it is known
     step = done
     barren: dict[str, Damage] = {}
     verdict = run.exchange.from_rank0(lambda: stagnation.verdict() if stagnation else None)
@@ -53,10 +54,8 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
         verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))  # noqa: B023
         _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
         reason = verdict.reason
-        score = None
-        if config.output.eval_interval and step % config.output.eval_interval == 0:
-            score = position.score_of(run, evaluate(run, phase.name, step))
         if not verdict.stop:
+            score = position.evaluate_inside(run, phase.name, step) if _evaluates(run, step) else None
             position.save_if_due(run, phase.name, step, score)
     else:
         if barren and not run.ledger.success_rates([phase.name]):
@@ -92,6 +91,12 @@ def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Sta
     behind = run.ledger.groups(phase.name, before_step=done)
     draw.replay(behind, run.config.rl.prompts_per_step, stagnation, steps=done)
     return draw, stagnation
+
+
+def _evaluates(run: Run, step: int) -> bool:
+    """Whether an evaluation is due after so many steps."""
+    interval = run.config.output.eval_interval
+    return interval > 0 and step % interval == 0
 
 
 def _drawn(draw: Draw | None, prompts: int) -> tuple[list[str], list[str]]:

@@ -33,9 +33,9 @@ def described(damaged: Mapping[str, Damage], asked: int) -> str:
 def nothing_usable(run: Run, what: str, damaged: Mapping[str, Damage], asked: int) -> UserError:
     """The end of the run, in one line."""
     return UserError(
-        f"{what}: {described(damaged, asked)} (all of them: {run.folder}/quarantine-*.jsonl); mend media_root or the "
-        "files and run the same command again: samples whose files have changed by then are tried again, others once "
-        "those quarantine files are deleted"
+        f"{what}: {described(damaged, asked)} (all of them: {run.folder}/quarantine-*.jsonl); is media_root right? "
+        "Mend what is wrong and run the same command again: samples whose files have come, moved or changed are tried "
+        "again, others once those quarantine files are deleted"
     )
 
 
