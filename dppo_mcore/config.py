@@ -370,7 +370,7 @@ class OutputConfig:
     eval_interval: int = 0
     """RL steps between evaluations inside a phase; 0 evaluates after phases only."""
     eval_samples: int = 0
-    """Held-out samples per evaluation; 0 is all."""
+    """Held-out samples per evaluation, the first so many rows of each manifest, so shuffle it; 0 is all."""
     best_metric: str = "eval/success"
     """Metric that names the best checkpoint."""
     dump_rollouts: str = ""

@@ -2,7 +2,7 @@
 
     [torchrun ...] python -m dppo_mcore.evaluate --model DIR --data FILE --out OUT.json [--engine NAME] [options]
 
-Prints a table and writes JSON. Options are those of the trainer.
+Prints a table and writes JSON. --load takes the weights from a training checkpoint. Options are those of the trainer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 from dppo_mcore import config_checks
 from dppo_mcore.config import Config
-from dppo_mcore.config_loading import ConfigError, fail, load
+from dppo_mcore.config_loading import ConfigError, fail, load, override
 from dppo_mcore.runtime import faults
+from dppo_mcore.runtime.errors import UserError
 from dppo_mcore.runtime.files import replacing
 
 
@@ -27,7 +28,12 @@ def evaluate(config: Config, out: Path) -> None:
 
     run = open_evaluation(config, config.data.data)
     samples, answers = answer_pool(run, "eval", config.output.eval_samples)
+    damaged = run.exchange.at_rank0(list(run.source.quarantine.entries()))
     if run.exchange.rank == 0:
+        if not samples and damaged:
+            raise UserError(
+                f"data: none of {len(damaged)} samples can be used, the first: {damaged[0]}; is media_root right?"
+            )
         summary = summarise(samples, answers)
         rows = [
             {"id": sample.id, "objective": sample.objective, "dimension": sample.dimension, "source": sample.source,
@@ -36,11 +42,11 @@ def evaluate(config: Config, out: Path) -> None:
              "finish_reason": answer.rollout.finish_reason, "error": answer.error}
             for sample, answer in zip(samples, answers, strict=True)
         ]  # fmt: skip
-        content = {"model": config.run.model, "data": config.data.data, "skipped": len(run.pools["eval"]) - len(rows),
-                   "summary": summary, "answers": rows}  # fmt: skip
+        content = {"model": config.run.model, "load": config.run.load, "data": config.data.data,
+                   "skipped": len(run.pools["eval"]) - len(rows), "summary": summary, "answers": rows}  # fmt: skip
         with replacing(out) as file:
             json.dump(content, file, indent=1, default=str)
-        print(table(summary))
+        print(f"weights of {config.run.load or config.run.model}\n{table(summary)}")
     close_run(run)
 
 
@@ -75,6 +81,9 @@ def parse(arguments: Sequence[str]) -> tuple[Config, Path]:
         else:
             rest.append(argument)
     config = load(rest, "python -m dppo_mcore.evaluate", __doc__ or "")
+    given = {argument.partition("=")[0] for argument in rest}
+    if "--model" in given and "--load" not in given:
+        config = override(config, load="")  # a run's own file may name the checkpoint that the run began with
     if not out:
         raise ConfigError("--out: a file for the result is needed")
     if not config.data.data:
@@ -91,7 +100,10 @@ def main() -> None:
     config_checks.check_or_exit(config, training=False)
 
     def guarded() -> None:
-        evaluate(config, out)
+        try:
+            evaluate(config, out)
+        except faults.Preempted:
+            raise UserError("stopped by SIGTERM before the last answer; nothing was written") from None
 
     faults.run_guarded(guarded)
 

@@ -96,12 +96,13 @@ class Scorer:
     @classmethod
     def build(cls, config: Config) -> Scorer:
         """With the weights of `--model`, or of the checkpoint `--load`."""
+        from dppo_mcore.learn.checkpoint import load_start
         from dppo_mcore.model.config import load_qwen_config
         from dppo_mcore.model.model import build_model
 
         qwen = load_qwen_config(config.run.model)
         chunks = build_model(qwen, config)
-        load_into(chunks, config, qwen)
+        load_start(chunks, config.run, qwen)
         return cls(config, qwen, chunks)
 
     def rows(self, prompts: Sequence[Prompt], decode: Callable[[Prompt], Prompt]) -> list[dict[str, Any]]:
@@ -189,18 +190,6 @@ class Scorer:
                     vocab_size=self._qwen.vocab_size,
                 )
         return self._stages.from_last(values_R, batch.targets_R.shape, torch.float32).tolist()
-
-
-def load_into(chunks: Sequence[Any], config: Config, qwen: QwenConfig) -> None:
-    """Weights of the checkpoint `--load`, else of `--model`."""
-    if config.run.load:
-        from dppo_mcore.learn.checkpoint import load_weights
-
-        load_weights(chunks, Path(config.run.load))
-        return
-    from dppo_mcore.model.weights import load_hf_weights
-
-    load_hf_weights(chunks, config.run.model, qwen)
 
 
 def take_option(arguments: Sequence[str], name: str) -> tuple[str, list[str]]:

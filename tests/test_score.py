@@ -209,21 +209,38 @@ def save_checkpoint(tiny_dir: str, run: str, parallel: ParallelConfig) -> None:
         (Path(run) / "config.yaml").write_text(to_yaml(config))
 
 
-def test_a_checkpoint_exports_and_scores_alike(pool2: Any, tiny_dir: str, manifest: Path, tmp_path: Path) -> None:
+def command_of(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", f"dppo_mcore.{module}", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def exported(pool2: Any, tiny_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkpoint was exported to; its run is beside it."""
+    out = tmp_path_factory.mktemp("trained") / "exported"
+    run = out.with_name("run")
+    pool2.run(save_checkpoint, tiny_dir, str(run), ParallelConfig(tensor_model_parallel_size=2))
+    done = subprocess.run(
+        command_of("export", "--load", run, "--out", out), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_checkpoint_exports_and_scores_alike(
+    pool2: Any, tiny_dir: str, exported: Path, manifest: Path, tmp_path: Path
+) -> None:
     from dppo_mcore.model.safetensors_io import CheckpointReader
 
-    run, out = tmp_path / "run", tmp_path / "exported"
-    pool2.run(save_checkpoint, tiny_dir, str(run), ParallelConfig(tensor_model_parallel_size=2))
-    command = [sys.executable, "-W", "ignore", "-m", "dppo_mcore.export", "--load", str(run), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run, out = exported.with_name("run"), exported
     before, after = CheckpointReader(Path(tiny_dir)), CheckpointReader(out)
     expected = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): before.view(name)
                 for name in before.tensors}  # fmt: skip
     assert expected.keys() == after.tensors.keys()
     for name, tensor in expected.items():
         assert torch.equal(after.view(name), tensor + 0.125), name
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    again = subprocess.run(
+        command_of("export", "--load", run, "--out", out), capture_output=True, text=True, timeout=600
+    )
     assert again.returncode == 1 and "isn't empty" in again.stderr and "Traceback" not in again.stderr
 
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
@@ -233,6 +250,22 @@ def test_a_checkpoint_exports_and_scores_alike(pool2: Any, tiny_dir: str, manife
         pool2.run(score_in_short_rounds, replace(config, parallel=parallel), str(tmp_path / f"{number}.jsonl"))
         results.append(read(tmp_path / f"{number}.jsonl"))
     assert results[0] == results[1]
+
+
+def test_a_checkpoint_is_evaluated_as_its_export(tiny_dir: str, exported: Path, manifest: Path, tmp_path: Path) -> None:
+    """`--load` beside the run's own configuration: the trained model's answers, not those of the model it began as."""
+    run, answers = exported.with_name("run"), []
+    for number, flags in enumerate((["--model", exported], ["--load", run / "checkpoints"], ["--model", tiny_dir])):
+        out = tmp_path / f"{number}.json"
+        command = command_of("evaluate", "--config", run / "config.yaml", *flags, "--data", manifest, "--out", out)
+        command += [*OPTIONS, "--max-response-tokens", "8", "--data-workers", "0", "--reward-workers", "0"]
+        command += ["--tensor-model-parallel-size", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(out.read_text())
+        answers.append([row["text"] for row in found["answers"]])
+        assert found["load"] == (str(flags[1]) if flags[0] == "--load" else "")
+    assert answers[0] == answers[1] != answers[2] and len(answers[0]) == 7
 
 
 def test_export_needs_to_know_the_model(tmp_path: Path) -> None:

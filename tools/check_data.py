@@ -1,9 +1,10 @@
 """Check a manifest before training on it.
 
-    python tools/check_data.py --data POOL.jsonl [--eval EVAL.jsonl ...] [--depth decode] [--json OUT]
+    python tools/check_data.py --data POOL.jsonl [--eval EVAL.jsonl ...] [--objectives FILE] [--depth decode]
 
 Reports rows by objective and dimension, durations, refused rows, missing and broken media, duplicates, and samples
-that an evaluation manifest holds too. Exit status 1 if anything is refused, broken or leaked.
+that an evaluation manifest holds too. Exit status 1 if anything is refused, broken or leaked, or if an objective has
+no scorer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dppo_mcore.config import DataConfig
 from dppo_mcore.data.check import Report, check_manifest
 from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.manifest import read_manifest
+from dppo_mcore.rewards.registry import load_objectives
 
 
 def main() -> int:
@@ -27,6 +29,10 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="manifest to check")
     parser.add_argument("--media-root", default="", help="root of relative media paths (default: manifest's folder)")
     parser.add_argument("--eval", nargs="*", default=[], help="evaluation manifests that must share nothing with it")
+    parser.add_argument("--objectives", default="", help="Python file with further @objective scorers")
+    parser.add_argument(
+        "--only-learnt", action="store_true", help="for base_data and general_data: no scorer is needed"
+    )
     parser.add_argument("--depth", choices=("rows", "probe", "decode"), default="probe")
     parser.add_argument("--workers", type=int, default=4, help="threads that open media")
     parser.add_argument(
@@ -39,10 +45,12 @@ def main() -> int:
     try:
         manifest = read_manifest(arguments.data, arguments.media_root)
         evaluations = [read_manifest(path, arguments.media_root) for path in arguments.eval]
-    except DataError as error:
+        load_objectives(arguments.objectives)
+    except (DataError, FileNotFoundError) as error:
         parser.error(str(error))
     data = DataConfig(fps=arguments.fps, max_frames=arguments.max_frames)
-    report = check_manifest(manifest, evaluations, arguments.depth, data, arguments.workers)
+    scored = not arguments.only_learnt
+    report = check_manifest(manifest, evaluations, arguments.depth, data, arguments.workers, scored)
     print_report(report, arguments.limit)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({**asdict(report), "ok": report.ok()}, indent=1))
@@ -52,6 +60,8 @@ def main() -> int:
 def print_report(report: Report, limit: int) -> None:
     """The findings as text."""
     print(f"{report.file}: {report.rows} rows taken, {len(report.refused)} refused, {len(report.damaged)} damaged")
+    if report.scorers:
+        print(f"{report.scorers}; --objectives FILE adds yours")
     table("objective", report.objectives)
     table("dimension", report.dimensions)
     table("source", report.sources)

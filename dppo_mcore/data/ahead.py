@@ -74,7 +74,7 @@ class PromptSource:
         """The decoded prompt; waits for it where it isn't ready."""
         self._backlog.pop(request.key, None)
         future = self._pending.pop(request.key, None)
-        if request.sample.id in self.quarantine:
+        if self.quarantine.of(request.sample):
             prompt = None
         elif future is None and (self._pool is None or self.processor.holds(request.sample, request.horizon)):
             prompt = self._here(request)
@@ -120,7 +120,7 @@ class PromptSource:
         """Whether every request can be planned without touching a file, or is known to be damaged."""
         plans = self.processor.plans
         return all(
-            request.sample.id in self.quarantine
+            self.quarantine.of(request.sample) is not None
             or all((media, request.horizon) in plans for media in request.sample.media)
             for request in requests
         )
@@ -128,7 +128,7 @@ class PromptSource:
     def plan(self, request: Request) -> Prompt | None:
         """The prompt with its frame plans, nothing decoded; None for a damaged sample."""
         future = self._plans.pop(request.key, None)
-        if request.sample.id in self.quarantine:
+        if self.quarantine.of(request.sample):
             return None
         if future is None:
             try:
@@ -177,7 +177,7 @@ class PromptSource:
     def _pump(self) -> None:
         while self._pool and self._backlog and len(self._pending) < self._ahead:
             key, request = self._backlog.popitem(last=False)
-            if request.sample.id not in self.quarantine and not self.processor.holds(request.sample, request.horizon):
+            if not self.quarantine.of(request.sample) and not self.processor.holds(request.sample, request.horizon):
                 self._pending[key] = self._pool.submit(Task(_light(request)))
 
     def _here(self, request: Request) -> Prompt | None:
@@ -233,7 +233,7 @@ class PromptSource:
         return self._keep(request, answer.prompt)
 
     def _damaged(self, request: Request, error: DataError) -> None:
-        self.quarantine.add(request.sample.id, error)
+        self.quarantine.add(request.sample.id, error, request.sample.media)
 
 
 def _light(request: Request) -> Request:

@@ -22,6 +22,7 @@ from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.patches import Geometry
 from dppo_mcore.data.probe import probe
 from dppo_mcore.data.quarantine import Damage
+from dppo_mcore.rewards.registry import without_scorer
 from dppo_mcore.types import Media, Sample
 
 Depth = Literal["rows", "probe", "decode"]
@@ -59,10 +60,13 @@ class Report:
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """(sample, earlier sample) with the same media and the same question."""
     leaks: list[Leak] = field(default_factory=list)
+    scorers: str = ""
+    """What is wrong with objectives that have no scorer."""
 
     def ok(self) -> bool:
-        """Nothing refused, damaged or leaked."""
-        return not (self.refused or self.damaged or any(leak.why != "same media" for leak in self.leaks))
+        """Nothing refused, damaged, leaked or without a scorer."""
+        leaked = any(leak.why != "same media" for leak in self.leaks)
+        return not (self.refused or self.damaged or leaked or self.scorers)
 
 
 def check_manifest(
@@ -71,11 +75,16 @@ def check_manifest(
     depth: Depth = "probe",
     data: DataConfig | None = None,
     workers: int = 2,
+    scored: bool = True,
 ) -> Report:
-    """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see."""
+    """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see.
+
+    What is `scored`, not only learnt, needs objectives that have a scorer by now.
+    """
     report = Report(str(manifest.path), len(manifest))
     report.objectives, report.dimensions = manifest.counts("objective"), manifest.counts("dimension")
     report.sources = manifest.counts("source")
+    report.scorers = without_scorer(report.objectives) if scored else ""
     for row in manifest.refused:
         reason = errors.OUTSIDE if row.media else "refused row"
         report.refused.append(Damage(f"{row.file}:{row.line}", row.media, reason, row.reason))
@@ -145,7 +154,7 @@ def _check_overlaps(report: Report, manifest: Manifest, evaluations: Sequence[Ma
             where = (str(evaluation.path), sample.id)
             others.setdefault(_sample_print(sample, prints), where)
             for media in sample.media:
-                other_media.setdefault(_media_print(media, prints), where)
+                other_media.setdefault(media_print(media, prints), where)
     seen: dict[bytes, str] = defaultdict(str)
     for sample in manifest:
         whole = _sample_print(sample, prints)
@@ -154,7 +163,7 @@ def _check_overlaps(report: Report, manifest: Manifest, evaluations: Sequence[Ma
         else:
             seen[whole] = sample.id
         shared = [
-            other_media[key] for key in (_media_print(media, prints) for media in sample.media) if key in other_media
+            other_media[key] for key in (media_print(media, prints) for media in sample.media) if key in other_media
         ]
         if whole in others:
             report.leaks.append(Leak(sample.id, *others[whole], "same media and question"))
@@ -168,11 +177,11 @@ def _sample_print(sample: Sample, prints: dict[str, bytes]) -> bytes:
         if turn.role != "system":
             digest.update(" ".join(turn.content.lower().split()).encode() + b"\0")
     for media in sample.media:
-        digest.update(_media_print(media, prints) + f"{media.start}-{media.end}".encode())
+        digest.update(media_print(media, prints) + f"{media.start}-{media.end}".encode())
     return digest.digest()
 
 
-def _media_print(media: Media, prints: dict[str, bytes]) -> bytes:
+def media_print(media: Media, prints: dict[str, bytes]) -> bytes:
     """Of a file's size and both its ends; of its path where it cannot be read."""
     if media.path not in prints:
         digest = hashlib.blake2b(digest_size=16)

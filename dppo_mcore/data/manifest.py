@@ -48,21 +48,26 @@ class Refusal:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[str] = "") -> Manifest:
-    """Open a JSONL or JSON manifest. Media paths are relative to `media_root`, or to the manifest's folder."""
+def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[str] = "", name: str = "") -> Manifest:
+    """Open a JSONL or JSON manifest. Media paths are relative to `media_root`, or to the manifest's folder.
+
+    `name` is what the ids of rows without one begin with; empty is the file's stem.
+    """
     path = Path(path).absolute()
     if not path.is_file():
         raise DataError(f"{path}: no such manifest")
     root = os.path.normpath(os.path.abspath(media_root or path.parent))
-    return Manifest(path, root, _load_index(path, root))
+    name = name or path.stem
+    return Manifest(path, root, name, _load_index(path, root, name))
 
 
 class Manifest(Sequence[Sample]):
     """The valid rows of a manifest file, in file order. `refused` tells the others, with their reasons."""
 
-    def __init__(self, path: Path, root: str, folder: Path) -> None:
+    def __init__(self, path: Path, root: str, name: str, folder: Path) -> None:
         self.path = path
         self.root = root
+        self.name = name
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._lines = np.load(folder / "lines.npy", mmap_mode="r")
         self._hashes = np.load(folder / "hashes.npy", mmap_mode="r")
@@ -86,7 +91,7 @@ class Manifest(Sequence[Sample]):
             return [self[number] for number in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = _parse(self._read(index))
-        return parse_row(row, self.root, f"{self.path.stem}:{int(self._lines[index])}")
+        return parse_row(row, self.root, f"{self.name}:{int(self._lines[index])}")
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -104,23 +109,32 @@ class Manifest(Sequence[Sample]):
                 self._recent.popitem(last=False)
         return sample
 
+    def shared(self, other: Manifest) -> Iterator[tuple[Sample, Sample]]:
+        """This one's sample and the other's, for every id that both have; other rows aren't read."""
+        for hashed in np.intersect1d(self._hashes, other._hashes):
+            mine = {sample.id: sample for _, sample in self._hashed(hashed)}
+            yield from ((mine[sample.id], sample) for _, sample in other._hashed(hashed) if sample.id in mine)
+
     def _find(self, sample_id: str) -> tuple[int, Sample]:
-        wanted = _hash(sample_id)
+        for index, sample in self._hashed(_hash(sample_id)):
+            if sample.id == sample_id:
+                return index, sample
+        raise KeyError(sample_id)
+
+    def _hashed(self, wanted: np.uint64) -> Iterator[tuple[int, Sample]]:
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self) and self._hashes[at] == wanted:
             index = int(self._order[at])
-            if (sample := self[index]).id == sample_id:
-                return index, sample
+            yield index, self[index]
             at += 1
-        raise KeyError(sample_id)
 
     def label(self, index: int, name: str) -> str:
         """`objective`, `dimension` or `source` of a row, without reading it."""
         return self._names[name][int(self._codes[index, LABELS.index(name)])]
 
-    def counts(self, name: str) -> dict[str, int]:
-        """Rows per value of `objective`, `dimension` or `source`."""
-        column = np.bincount(self._codes[:, LABELS.index(name)], minlength=len(self._names[name]))
+    def counts(self, name: str, first: int | None = None) -> dict[str, int]:
+        """Rows per value of `objective`, `dimension` or `source`, among all rows or the first so many."""
+        column = np.bincount(self._codes[:first, LABELS.index(name)], minlength=len(self._names[name]))
         return {value: int(count) for value, count in zip(self._names[name], column, strict=True)}
 
     def _read(self, index: int) -> bytes:
@@ -142,9 +156,10 @@ def _stamp(path: Path, root: str) -> list[Any]:
     return [INDEX_VERSION, stat.st_size, stat.st_mtime_ns, root]
 
 
-def _load_index(path: Path, root: str) -> Path:
-    """Folder of an index that fits the manifest; built where there is none."""
-    key = hashlib.blake2b(json.dumps([str(path), root]).encode(), digest_size=8).hexdigest()
+def _load_index(path: Path, root: str, name: str) -> Path:
+    """Folder of an index that fits the manifest; built where there is none. It holds ids, so a name has its own."""
+    what = [str(path), root] if name == path.stem else [str(path), root, name]
+    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     places = [
         path.parent / f".{path.name}.index-{key}",
         Path(tempfile.gettempdir()) / f"dppo-index-{os.getuid()}-{key}",
@@ -152,7 +167,7 @@ def _load_index(path: Path, root: str) -> Path:
     for folder in places:
         try:
             with _locked(folder):
-                return folder if _fits(folder, path, root) else _build_index(folder, path, root)
+                return folder if _fits(folder, path, root) else _build_index(folder, path, root, name)
         except OSError as error:
             failure = error
     raise DataError(f"{path}: its index can be written neither beside it nor in the temporary folder ({failure})")
@@ -178,9 +193,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build_index(folder: Path, path: Path, root: str) -> Path:
+def _build_index(folder: Path, path: Path, root: str, name: str) -> Path:
     stamp = _stamp(path, root)
-    arrays, names, refused = _scan(path, root)
+    arrays, names, refused = _scan(path, root, name)
     return _write_index(folder, arrays, {"stamp": stamp, "names": names, "refused": refused})
 
 
@@ -197,15 +212,15 @@ def _write_index(folder: Path, arrays: dict[str, np.ndarray], header: dict[str, 
     return folder
 
 
-def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[str]], list[list[Any]]]:
+def _scan(path: Path, root: str, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[str]], list[list[Any]]]:
     """Validate every row; rows with an id seen before are refused too."""
     offsets, lines, hashes, codes = array("q"), array("q"), array("Q"), array("i")
-    names: dict[str, dict[str, int]] = {name: {} for name in LABELS}
+    names: dict[str, dict[str, int]] = {label: {} for label in LABELS}
     refused: list[list[Any]] = []
     first_line: dict[int, int] = {}
     for line, start, raw in _rows(path):
         try:
-            sample = parse_row(_parse(raw), root, f"{path.stem}:{line}")
+            sample = parse_row(_parse(raw), root, f"{name}:{line}")
             hashed = int(_hash(sample.id))
             if hashed in first_line:
                 raise DataError(f"id {sample.id!r} is taken by line {first_line[hashed]}")
@@ -216,7 +231,7 @@ def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[
             offsets.extend((start, len(raw)))
             lines.append(line)
             hashes.append(hashed)
-            codes.extend(names[name].setdefault(getattr(sample, name), len(names[name])) for name in LABELS)
+            codes.extend(names[label].setdefault(getattr(sample, label), len(names[label])) for label in LABELS)
     keys = np.frombuffer(hashes, np.uint64)
     order = np.argsort(keys, kind="stable")
     arrays: dict[str, np.ndarray] = {
@@ -226,7 +241,7 @@ def _scan(path: Path, root: str) -> tuple[dict[str, np.ndarray], dict[str, list[
         "order": order.astype(np.int32),
         "codes": np.frombuffer(codes, np.int32).reshape(-1, len(LABELS)),
     }
-    return arrays, {name: list(values) for name, values in names.items()}, refused
+    return arrays, {label: list(values) for label, values in names.items()}, refused
 
 
 def _parse(raw: bytes) -> Any:

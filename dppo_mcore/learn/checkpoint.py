@@ -38,7 +38,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dppo_mcore.config import RunConfig
 from dppo_mcore.learn.state import Learner
+from dppo_mcore.model.config import QwenConfig
+from dppo_mcore.model.weights import load_hf_weights
 from dppo_mcore.runtime.errors import UserError
 from dppo_mcore.runtime.files import replacing
 
@@ -73,6 +76,16 @@ class Saver:
             self._save_reference(state, meta["reference"])
         self._write(_sharded_state(state, loading=False), f"step-{step:08d}", meta, self.background)
         return self.folder / f"step-{step:08d}"
+
+    def rate(self, extra: dict[str, Any], score: float) -> None:
+        """Give the newest checkpoint, if it is the one with `extra`, the score that an evaluation found later."""
+        self.finish()
+        newest = latest(self.folder) if dist.get_rank() == 0 else None
+        if newest is None or (meta := read_meta(newest))["extra"] != extra or meta["score"] == score:
+            return
+        with replacing(newest / META) as file:
+            json.dump({**meta, "score": score}, file)
+        self._prune()
 
     def _save_reference(self, state: Learner, name: str) -> None:
         """The reference policy's weights, written once for all checkpoints that go with it."""
@@ -260,6 +273,14 @@ def load(state: Learner, path: Path, weights_only: bool = False) -> dict[str, An
 def load_weights(models: Sequence[torch.nn.Module], path: Path) -> None:
     """Fill bare model chunks from a checkpoint written under any layout; no optimizer is needed."""
     _read(models, find(path), _model_state(models))
+
+
+def load_start(models: Sequence[Any], run: RunConfig, qwen: QwenConfig) -> None:
+    """Fill bare model chunks with the weights of the checkpoint `--load`, or without one of `--model`."""
+    if run.load:
+        load_weights(models, Path(run.load))
+    else:
+        load_hf_weights(models, run.model, qwen)
 
 
 def _read(models: Sequence[torch.nn.Module], path: Path, sharded: dict[str, Any]) -> dict[str, Any]:

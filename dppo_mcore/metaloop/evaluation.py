@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dppo_mcore.metaloop.pools import HELD_OUT
 from dppo_mcore.metaloop.rolling import greedy, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake
 from dppo_mcore.practice.ledger import Evaluation
+from dppo_mcore.runtime import faults
 from dppo_mcore.types import Sample, ScoredRollout
 
-HELD_OUT = ("eval", "eval-general")
 CHUNK = 256
 """Samples rolled out at a time."""
 Z95 = 1.959964
@@ -114,7 +115,8 @@ def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]
 
     def keep() -> dict[str, Any]:
         metrics = summarise(samples, answers)
-        run.ledger.record_evaluation(phase, step, pool, metrics, answers)
+        if answers:  # else a run that goes on with its media mended evaluates again
+            run.ledger.record_evaluation(phase, step, pool, metrics, answers)
         return metrics
 
     return run.exchange.from_rank0(keep)
@@ -123,18 +125,23 @@ def _evaluate_pool(run: Run, pool: str, phase: str, step: int) -> dict[str, Any]
 def answer_pool(run: Run, pool: str, limit: int = 0) -> tuple[list[Sample], list[ScoredRollout]]:
     """Greedy answers to a pool's first `limit` samples (0: all) in manifest order, on rank 0. Collective.
 
-    A sample whose media are damaged has no answer and is left out of both lists.
+    A sample whose media are damaged has no answer and is left out of both lists. SIGTERM ends it at the next chunk.
     """
     manifest = run.pools[pool]
     size = min(len(manifest), limit or len(manifest))
     by_id: dict[str, ScoredRollout] = {}
     horizon = run.config.practice.horizons[-1]
+    stopped = False
     with awake(run):
         for start in range(0, size, CHUNK):
+            if stopped := faults.stop_requested():
+                break  # the engine is put to sleep first: what was trained may still have to be saved
             ids = [manifest[row].id for row in range(start, min(start + CHUNK, size))]
             label = f"eval {pool} {run.step}/{start}"
             batch = roll_out(run, ids, 1, pool=pool, horizon=horizon, label=label, sampling=greedy(run.sampling))
             for answer in run.exchange.at_rank0([answer for group in batch.groups for answer in group.answers]):
                 by_id[answer.rollout.sample_id] = answer
+    if stopped:
+        raise faults.Preempted
     samples = [sample for row in range(size) if (sample := manifest[row]).id in by_id]
     return samples, [by_id[sample.id] for sample in samples]

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from dppo_mcore.metaloop import position
+from dppo_mcore.metaloop import position, usable
 from dppo_mcore.metaloop.rolling import roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake
@@ -70,7 +70,9 @@ def fill_buffer(run: Run, phase: PhasePlan) -> None:
     if practice.sampling == "random":
         finish(run, phase, "random sampling needs no buffer")
         return
-    measure(run, phase, pool_ids(run, phase), practice.buffer_rollouts)
+    ids = pool_ids(run, phase)
+    measure(run, phase, ids, practice.buffer_rollouts)
+    usable.require(run, phase.name, ids)
     if run.exchange.rank == 0:
         ledger = run.ledger
         rows = make_buffer(
@@ -102,9 +104,11 @@ def find_weaknesses(run: Run, phase: PhasePlan) -> None:
         measured = [name for name in before if name in known]
         return weakness.candidates(run.ledger, measured, practice.buffer_samples, seed) if measured else None
 
-    ids = run.exchange.from_rank0(choose)
+    unsolved = run.exchange.from_rank0(choose)
     # Only a loop without RL has measured nothing; one that left nothing unsolved has nothing to mine.
-    measure(run, phase, pool_ids(run, phase) if ids is None else ids, practice.buffer_rollouts)
+    ids = pool_ids(run, phase) if unsolved is None else unsolved
+    measure(run, phase, ids, practice.buffer_rollouts)
+    usable.require(run, phase.name, ids, least=1 if unsolved is None else usable.ENOUGH)
     run.exchange.from_rank0(lambda: ask_teacher(run, phase.name))
     position.stop_if_asked(run)
     finish(run, phase, "mined")

@@ -48,6 +48,21 @@ def score_of(run: Run, results: Mapping[str, Mapping[str, Any]]) -> float | None
     return flat_metrics(results).get(run.config.output.best_metric)
 
 
+def evaluate_saved(run: Run, phase: str, phase_step: int) -> None:
+    """Evaluate the weights of a checkpoint that was written before, and let it know its score."""
+    score = score_of(run, evaluate(run, phase, phase_step))
+    if score is not None:
+        run.saver.rate(asdict(Position(phase, phase_step, run.step)), score)
+
+
+def evaluate_inside(run: Run, phase: str, phase_step: int) -> float | None:
+    """Evaluate where the phase goes on. After a stop there is no score: the resumed run evaluates first."""
+    try:
+        return score_of(run, evaluate(run, phase, phase_step))
+    except faults.Preempted:
+        return None
+
+
 def _is_best(run: Run, score: float | None) -> bool:
     """Whether no checkpoint has as high a score."""
     if score is None:
@@ -62,12 +77,12 @@ def _is_best(run: Run, score: float | None) -> bool:
 
 
 def finish_phase(run: Run, phase: str, phase_step: int, reason: str) -> None:
-    """Evaluate the end of a phase, checkpoint it, then mark the phase done."""
-    results = evaluate(run, phase, phase_step)
+    """Checkpoint the end of a phase, evaluate it, then mark the phase done."""
     # A phase without steps ends with the weights it began with, and those have their checkpoint.
     if phase_step and not _is_saved(run, Position(phase, phase_step, run.step)):
-        save(run, phase, phase_step, score_of(run, results))
+        save(run, phase, phase_step)  # first: what ends a long evaluation costs no step
     run.saver.finish()
+    evaluate_saved(run, phase, phase_step)
     damaged = run.exchange.at_rank0(list(run.source.quarantine.entries()))
     if run.exchange.rank == 0:
         for entry in damaged:

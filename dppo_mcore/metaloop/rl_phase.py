@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from dppo_mcore.data.quarantine import Damage
 from dppo_mcore.learn.rl import RlResult, rl_step
-from dppo_mcore.metaloop import carrying, position
-from dppo_mcore.metaloop.evaluation import evaluate
+from dppo_mcore.metaloop import carrying, position, usable
 from dppo_mcore.metaloop.rolling import Batch, roll_out
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.metaloop.weights import awake
@@ -18,6 +18,7 @@ from dppo_mcore.practice.difficulty import Draw
 from dppo_mcore.practice.ledger import PhasePlan
 from dppo_mcore.practice.ledger_rollouts import Group as Counts
 from dppo_mcore.practice.stagnation import Stagnation, Verdict
+from dppo_mcore.runtime.errors import UserError
 
 
 def practise(run: Run, phase: PhasePlan, done: int) -> None:
@@ -31,26 +32,34 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
     if config.rl.kl_coef and (done == 0 or run.learner.reference is None):
         run.learner.keep_reference()
     draw, stagnation = _controller(run, phase, done)
+    if done and _evaluates(run, done):
+        position.evaluate_saved(run, phase.name, done)  # where it was stopped; else it is known
     step = done
+    barren: dict[str, Damage] = {}
     verdict = run.exchange.from_rank0(lambda: stagnation.verdict() if stagnation else None)
     reason = verdict.reason
     while not verdict.stop:
         began = time.perf_counter()
         ids, upcoming = run.exchange.from_rank0(lambda: _drawn(draw, config.rl.prompts_per_step))
         if not ids:
-            reason = "nothing left to draw: every sample of the buffer is mastered"
+            reason = run.exchange.from_rank0(lambda: _nothing_left(run, phase, draw))
             break
         batch = _step_groups(run, phase, ids, upcoming, step)
+        barren = _unusable(run, batch, ids, barren)
+        if left := run.exchange.from_rank0(lambda: _judge_unusable(run, phase, draw, barren)):  # noqa: B023
+            reason = left
+            break
         result = rl_step(run.learner, batch.groups)
         step, run.step = step + 1, run.step + 1
         verdict = run.exchange.from_rank0(lambda: _judge(run, phase, draw, stagnation, step))  # noqa: B023
         _report(run, phase, step, batch, result, verdict, time.perf_counter() - began)
         reason = verdict.reason
-        score = None
-        if config.output.eval_interval and step % config.output.eval_interval == 0:
-            score = position.score_of(run, evaluate(run, phase.name, step))
         if not verdict.stop:
+            score = position.evaluate_inside(run, phase.name, step) if _evaluates(run, step) else None
             position.save_if_due(run, phase.name, step, score)
+    else:
+        if barren and not run.ledger.success_rates([phase.name]):
+            raise usable.nothing_usable(run, phase.name, barren, len(barren))
     run.source.reset()  # the step announced last doesn't come
     if run.exchange.rank == 0:
         numbers = stagnation.verdict().numbers() if stagnation and step else {}
@@ -84,6 +93,12 @@ def _controller(run: Run, phase: PhasePlan, done: int) -> tuple[Draw | None, Sta
     return draw, stagnation
 
 
+def _evaluates(run: Run, step: int) -> bool:
+    """Whether an evaluation is due after so many steps."""
+    interval = run.config.output.eval_interval
+    return interval > 0 and step % interval == 0
+
+
 def _drawn(draw: Draw | None, prompts: int) -> tuple[list[str], list[str]]:
     """A step's ids, and those that the next step will draw unless this one's answers change it."""
     assert draw is not None
@@ -108,6 +123,41 @@ def _step_groups(run: Run, phase: PhasePlan, ids: list[str], upcoming: list[str]
             trains=True,
             upcoming=upcoming,
         )
+
+
+def _nothing_left(run: Run, phase: PhasePlan, draw: Draw | None) -> str:
+    """Why nothing can be drawn; an empty buffer is an error."""
+    assert draw is not None
+    if not len(draw):
+        raise UserError(
+            f"{phase.name}: its buffer is empty, no sample of the pool could be used when it was made; mend media_root "
+            "or the files and start a new run"
+        )
+    counts = ", ".join(f"{count} {why}" for why, count in sorted(draw.spent().items()))
+    return f"nothing left to draw of {len(draw)} samples: {counts}"
+
+
+def _unusable(run: Run, batch: Batch, ids: list[str], before: dict[str, Damage]) -> dict[str, Damage]:
+    """The samples of the steps in a row, this one the last, of which not one was usable; on rank 0. Collective."""
+    damaged = usable.set_aside(run, dict.fromkeys(ids, "rl"))
+    practised = run.exchange.at_rank0([group.prompt.sample.id for group in batch.groups])
+    return before | damaged if len(damaged) == len(ids) and not practised else {}
+
+
+def _judge_unusable(run: Run, phase: PhasePlan, draw: Draw | None, barren: dict[str, Damage]) -> str:
+    """Why the phase ends on samples that can't be used; empty where it goes on.
+
+    It may where the rest was practised before. Where next to nothing was, or much is left, something is wrong with the
+    data.
+    """
+    assert draw is not None
+    left = draw.drawable()
+    only_these = barren.keys() >= set(left)
+    if not barren or not (only_these or len(barren) >= usable.ENOUGH):
+        return ""
+    if not only_these or len(draw) - len(left) < usable.SHARE * len(draw):
+        raise usable.nothing_usable(run, phase.name, barren, len(left) if only_these else len(barren))
+    return f"{_nothing_left(run, phase, draw)}; {usable.described(barren, len(draw))}"
 
 
 def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step: int) -> Verdict:

@@ -10,17 +10,17 @@ from pathlib import Path
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import to_yaml
 from dppo_mcore.data.ahead import PromptSource
-from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
 from dppo_mcore.learn import state as learn_state
-from dppo_mcore.learn.checkpoint import Saver
+from dppo_mcore.learn.checkpoint import Saver, load_start
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
+from dppo_mcore.metaloop.pools import POOLS, check_ids, check_objectives, open_pools, remarks, samples_of
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
-from dppo_mcore.model.weights import load_hf_weights
 from dppo_mcore.practice.ledger import Ledger
 from dppo_mcore.practice.prompts import PromptTemplate, load_template
 from dppo_mcore.rewards.pool import RewardPool
@@ -30,10 +30,6 @@ from dppo_mcore.runtime import device, faults, parallel
 from dppo_mcore.runtime.files import replacing
 from dppo_mcore.runtime.log import Metrics, get_logger
 from dppo_mcore.types import Prompt, Sample
-
-POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
-         "eval-general": "eval_general_data"}  # fmt: skip
-"""Pool names and the options that name their manifests."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,10 @@ class BareModel:
 
     @classmethod
     def build(cls, config: Config) -> BareModel:
-        """With the weights of `--model`."""
+        """With the weights of `--model`, or of the checkpoint `--load`."""
         qwen = load_qwen_config(config.run.model)
         models = build_model(qwen, config)
-        load_hf_weights(models, config.run.model, qwen)
+        load_start(models, config.run, qwen)
         return cls(qwen, models)
 
 
@@ -120,6 +116,8 @@ def open_run(config: Config) -> Run:
         {pool: getattr(config.data, option) for pool, option in POOLS.items()}, config.data.media_root, exchange
     )
     if ledger is not None:
+        check_objectives(pools, config.practice.objectives)
+        check_ids(pools)
         for name, manifest in pools.items():
             ledger.add_samples(manifest, name)
     run = assemble(config, exchange, pools, learn_state.build(config), folder)
@@ -133,6 +131,8 @@ def open_evaluation(config: Config, data: str) -> Run:
     faults.watch()
     exchange = Exchange.join()
     pools = open_pools({"eval": data}, config.data.media_root, exchange)
+    if exchange.rank == 0:
+        check_objectives(pools, config.practice.objectives)
     return assemble(config, exchange, pools, BareModel.build(config), None)
 
 
@@ -142,13 +142,14 @@ def assemble(
     """Engine, clips and rewards around a model."""
     template = load_template(config.practice.prompt_template)
     quarantine = Quarantine(folder / f"quarantine-{exchange.rank}.jsonl" if folder else None)
+    quarantine.keep_for(lambda name: samples_of(pools, name))
     source = PromptSource(config.run.model, config.data, device.device(), quarantine)
     engine = make_engine(_engine_config(config), model.qwen, model.models, source.processor.chat)
     engine.start()
     log = get_logger()
-    for name, manifest in pools.items():
-        if manifest.refused and exchange.rank == 0:
-            log.warning(f"pool {name}: {len(manifest.refused)} row(s) refused, the first: {manifest.refused[0]}")
+    if exchange.rank == 0:
+        for line in remarks(pools, config.output.eval_samples):
+            log.warning(line)
     output = config.output
     return Run(
         config=config,
@@ -189,16 +190,6 @@ def close_run(run: Run) -> None:
 
 def _save_folder(config: Config) -> Path:
     return Path(config.run.save) if config.run.save else Path(config.run.run) / "checkpoints"
-
-
-def open_pools(files: Mapping[str, str], media_root: str, exchange: Exchange) -> dict[str, Manifest]:
-    """Every manifest that is named; rank 0 indexes first so that the others find the index."""
-    pools: dict[str, Manifest] = {}
-    for first in (True, False):
-        if first == (exchange.rank == 0):
-            pools = {pool: read_manifest(file, media_root) for pool, file in files.items() if file}
-        exchange.barrier()
-    return pools
 
 
 def _open_rewards(config: Config, template: PromptTemplate) -> RewardPool:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from dppo_mcore.data.loader import Batches
 from dppo_mcore.data.worker import Request
 from dppo_mcore.learn.sft import sft_step
-from dppo_mcore.metaloop import position
+from dppo_mcore.metaloop import position, usable
 from dppo_mcore.metaloop.rolling import agreed, my_share
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.practice import curriculum
 from dppo_mcore.practice.ledger import PhasePlan, SftItem
 from dppo_mcore.practice.refine import refine
+from dppo_mcore.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ def learn(
         steps=steps,
         window=window,
     )
-    step = done
+    step, barren = done, 0
     while step < steps:
         began = time.perf_counter()
         conversations = agreed(run, next(batches))
         data_seconds = time.perf_counter() - began
+        barren = 0 if any(run.exchange.everywhere([len(conversations)])) else barren + size
+        if barren >= min(len(lessons), steps * size, usable.ENOUGH):
+            _nothing_to_learn(run, phase, lessons)
         result = sft_step(run.learner, conversations)
         step, run.step = step + 1, run.step + 1
         values = {**result.metrics, "time/data": data_seconds, "time/step": time.perf_counter() - began}
@@ -71,6 +75,13 @@ def learn(
         if step < steps:
             position.save_if_due(run, phase.name, step)
     position.finish_phase(run, phase.name, step, f"{steps} steps over {len(lessons)} lessons")
+
+
+def _nothing_to_learn(run: Run, phase: PhasePlan, lessons: Sequence[Lesson]) -> None:
+    """End the run on steps that had no usable lesson. Collective."""
+    damaged = usable.set_aside(run, {lesson.sample_id: lesson.pool for lesson in lessons})
+    if run.exchange.rank == 0 and damaged:
+        raise usable.nothing_usable(run, phase.name, damaged, len(damaged))
 
 
 def _request(run: Run, lesson: Lesson, horizon: float | None) -> Request:
@@ -88,6 +99,8 @@ def _line(phase: str, step: int, steps: int, values: Mapping[str, float]) -> str
 def make_base(run: Run, phase: PhasePlan, done: int) -> None:
     """SFT on `base_data` before the first loop."""
     lessons = base_lessons(run)
+    if not lessons:
+        raise UserError(f"base_data: no row of {run.pools['base'].path} has an answer to learn")
     sft = run.config.sft
     seed = run.config.run.seed_of("base")
     learn(run, phase, lessons, sft.base_sft_steps, sft.base_sft_lr, done, seed, sft.base_sft_window)

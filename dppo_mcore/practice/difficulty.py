@@ -143,6 +143,17 @@ class Draw:
         """Ids that can still be drawn."""
         return [name for name, entry in self._entries.items() if self._drawn(entry)]
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def spent(self) -> Counter[str]:
+        """Samples that can't be drawn any more, by why: mastered, over-cap or frozen."""
+        return Counter(
+            "frozen" if entry.objective in self._frozen else entry.status
+            for entry in self._entries.values()
+            if not self._drawn(entry)
+        )
+
     def exhausted(self) -> frozenset[str]:
         """Objectives of which something was drawable at first and nothing is any more."""
         return frozenset(objective for objective, count in self._live.items() if count == 0)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from dppo_mcore.practice.ledger_base import PhasePlan, PhaseRow, SampleRow, clean, to_json
+from dppo_mcore.practice.ledger_base import PhasePlan, PhaseRow, SampleRow, clean, differences, to_json
 from dppo_mcore.practice.ledger_rollouts import Group, RolloutRecords, RolloutRow, unpack_text
 from dppo_mcore.practice.ledger_schema import LedgerError
 from dppo_mcore.types import ScoredRollout
 
-__all__ = ["Group", "Ledger", "LedgerError", "PhasePlan", "PhaseRow", "RolloutRow", "SampleRow"]
+__all__ = ["Group", "Ledger", "LedgerError", "PhasePlan", "PhaseRow", "RolloutRow", "SampleRow", "differences"]
 
 TIME_COLUMNS = {"written_at", "started_at", "ended_at"}
 TABLES = {

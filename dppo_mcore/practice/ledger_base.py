@@ -79,6 +79,32 @@ def _row_of(sample: Sample, pool: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def differences(one: Sample, other: Sample) -> list[str]:
+    """What makes two samples of one id two: of objective, question, gold and media those that differ."""
+    return _differences(_compared(_row_of(one, "")), _compared(_row_of(other, "")))
+
+
+def _compared(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    return row[2], row[5], row[6], row[8]
+
+
+def _differences(one: tuple[Any, ...], other: tuple[Any, ...]) -> list[str]:
+    """Media count by file name and window: a media root may move."""
+    if one == other:
+        return []
+    pairs = zip(
+        ("objective", "question", "gold", "media"),
+        (*one[:3], _windows(one[3])),
+        (*other[:3], _windows(other[3])),
+        strict=True,
+    )
+    return [name for name, mine, theirs in pairs if mine != theirs]
+
+
+def _windows(media: str) -> list[tuple[Any, ...]]:
+    return [(m["kind"], m["path"].rsplit("/", 1)[-1], m["start"], m["end"]) for m in json.loads(media)]
+
+
 def _sample_row(values: tuple[Any, ...]) -> SampleRow:
     return SampleRow(*values)
 
@@ -196,12 +222,12 @@ class LedgerBase:
                 self._sample_keys[row[0]] = cursor.lastrowid or 0
                 continue
             stored = self.connection.execute(
-                "SELECT objective, question, gold FROM samples WHERE key = ?", (self._sample_keys[row[0]],)
+                "SELECT objective, question, gold, media FROM samples WHERE key = ?", (self._sample_keys[row[0]],)
             ).fetchone()
-            if stored != (row[2], row[5], row[6]):
+            if found := _differences(stored, _compared(row)):
                 raise LedgerError(
-                    f"sample {row[0]!r} of pool {pool!r} differs from the one recorded under this id in {self.path}: "
-                    "give it an id of its own, or start a new run"
+                    f"sample {row[0]!r} of pool {pool!r} differs from the one recorded under this id in {self.path} "
+                    f"({', '.join(found)}): give it an id of its own, or start a new run"
                 )
 
     def samples(self, pool: str | None = None) -> dict[str, SampleRow]:

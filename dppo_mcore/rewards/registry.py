@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -38,6 +38,15 @@ def scorer_of(name: str) -> Scorer:
 def known_objectives() -> tuple[str, ...]:
     """Names of all registered objectives."""
     return tuple(sorted(_SCORERS))
+
+
+def without_scorer(rows: Mapping[str, int]) -> str:
+    """What is wrong with objectives, given with their rows, that no scorer is known for; empty where all have one."""
+    from dppo_mcore.config_loading import nearest  # what workers import is kept small
+
+    known = known_objectives()
+    unknown = [f"{name!r} ({count} rows{nearest(name, known)})" for name, count in rows.items() if name not in known]
+    return f"no scorer for objective {', '.join(unknown)}; known: {', '.join(known)}" if unknown else ""
 
 
 def load_objectives(file: str = "") -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import check_data
 import pytest
 
 from dppo_mcore.data.check import check_manifest
 from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.rewards import registry
 from tests.data.clips import write_clip
 
 
@@ -55,3 +58,22 @@ def test_media_tokens_in_text_are_found(tmp_path: Path) -> None:
     report = check_manifest(pool)
     assert [(damage.sample_id, damage.reason) for damage in report.damaged] == [("2", "unusable sample")]
     assert "<|video_pad|>" in report.damaged[0].detail and report.media == {"video": 1}
+
+
+def test_objectives_without_a_scorer_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the tool too, with status 1: a misspelt one would cost every answer its reward."""
+    path = tmp_path / "pool.jsonl"
+    turns = [{"role": "user", "content": "?"}]
+    path.write_text("".join(json.dumps({"objective": name, "messages": turns}) + "\n" for name in ("exact", "colour")))
+    monkeypatch.setattr(registry, "_SCORERS", dict(registry._SCORERS))
+    own = ["--objectives", str(Path(__file__).resolve().parents[2] / "examples" / "own_rewards.py")]
+    for flags, status in (([], 1), (["--only-learnt"], 0), (own, 0)):
+        monkeypatch.setattr(sys, "argv", ["check_data.py", "--data", str(path), *flags])
+        assert check_data.main() == status
+        assert ("no scorer for objective 'colour' (1 rows" in capsys.readouterr().out) == (status == 1)
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "--data", str(path), "--objectives", "none.py"])
+    with pytest.raises(SystemExit):
+        check_data.main()
+    assert "objectives: no file" in capsys.readouterr().err

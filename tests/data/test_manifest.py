@@ -214,6 +214,24 @@ def test_lookup_labels_and_reindexing(tmp_path: Path) -> None:
     assert read_manifest(path).get("r100").id == "r100"
 
 
+def test_a_name_for_ids_and_what_two_manifests_share(tmp_path: Path) -> None:
+    """Rows without an id are found by the given name, from an index of their own."""
+    question = [{"role": "user", "content": "?"}]
+    (tmp_path / "a").mkdir()
+    rows = [{"messages": question}, {"id": "own", "messages": question}, {"id": "only here", "messages": question}]
+    one = read_manifest(write(tmp_path, rows))
+    path = write(tmp_path / "a", rows[:2])
+    for name, ids, shared in (
+        ("", ["pool:1", "own"], ["own", "pool:1"]),
+        ("eval/pool", ["eval/pool:1", "own"], ["own"]),
+    ):
+        for _ in range(2):
+            other = read_manifest(path, name=name)
+            assert [sample.id for sample in other] == ids and all(other.get(name).id == name for name in ids)
+        pairs = sorted((mine.id, theirs.id) for mine, theirs in one.shared(other))
+        assert pairs == [(name, name) for name in shared]
+
+
 def test_get_remembers_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest go, and a copy sent to another process takes none along."""
     monkeypatch.setattr("dppo_mcore.data.manifest.RECENT", 3)

@@ -73,6 +73,20 @@ def test_the_output_is_asked_for() -> None:
         parse(["--model", "m", "--out", "o.json"])
 
 
+def test_whose_weights(tmp_path: Path) -> None:
+    """A checkpoint that the run's file names is evaluated, unless the command names a model and no checkpoint."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model: base\nload: start\ndata: d\n")
+    for flags, expected in (
+        ([], ("base", "start")),
+        (["--load=end"], ("base", "end")),
+        (["--model", "exported"], ("exported", "")),
+        (["--model", "exported", "--load", "end"], ("exported", "end")),
+    ):
+        config, _ = parse(["--config", str(file), "--out", "o.json", *flags])
+        assert (config.run.model, config.run.load) == expected
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "dppo_mcore.evaluate", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=harness.environment(), cwd=harness.ROOT)
@@ -101,3 +115,18 @@ def test_the_command_on_real_weights(world: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].split()[:2] == ["all", "11"]
     again = run(*arguments[: -len(flags)], *flags, "--seed", 7)
     assert again.returncode == 0 and json.loads(out.read_text())["answers"] == found["answers"]  # greedy: no chance
+
+
+def test_the_command_on_data_that_cannot_be_used(world: Path, tmp_path: Path) -> None:
+    """One line and status 1: no clip where the media root says, or an objective that nothing scores."""
+    row = json.loads((world / "eval.jsonl").read_text().splitlines()[0])
+    data, out = tmp_path / "eval.jsonl", tmp_path / "out.json"
+    arguments = ["--model", world / "base", "--data", data, "--out", out, "--data-workers", 0]
+    for change, message in (
+        ({}, f"error: data: none of 1 samples can be used, the first: sample '{row['id']}': {tmp_path}/"),
+        ({"objective": "zzz"}, f"error: pool eval ({data}): no scorer for objective 'zzz' (1 rows); known: "),
+    ):
+        data.write_text(json.dumps(row | change) + "\n")
+        done = run(*arguments)
+        assert done.returncode == 1 and not out.exists()
+        assert done.stderr.splitlines()[-1].startswith(message) and "Traceback" not in done.stderr, done.stderr

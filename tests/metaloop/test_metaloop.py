@@ -69,7 +69,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: Path, unbroken: Path,
 STAGES = {
     "base SFT step    2/8": "SFT", "base SFT step    8/8": "evaluation", "base SFT step 8: held-out": "rollout",
     "1-1 buffer: 96 samples": "reward", "1-1 RL step    2": "RL", "1-1 RL step    3": "checkpoint",
-    "1-1 RL ends": "evaluation", "1-1 RL step 4: held-out": "checkpoint", "samples without a right": "teacher",
+    "1-1 RL ends": "checkpoint", "1-1 RL step 4: held-out": "rollout", "samples without a right": "teacher",
     "1-2 weakness: teacher": "corpus", "1-2 SFT step    1/5": "SFT", "1-2 SFT step    3/5": "checkpoint",
     "1-2 SFT step    5/5": "evaluation",
 }  # fmt: skip

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,16 @@ def test_samples(ledger: Ledger) -> None:
     assert (row.gold, row.media[0]["path"], row.question) == ([1, "x"], "/clips/1.mp4", "<video>How many? 1")
     with pytest.raises(LedgerError, match="sample 's0' of pool 'eval' differs"):
         ledger.add_samples([Sample("s0", "exact", (Turn("user", "another"),))], "eval")
+
+
+def test_a_sample_is_the_same_by_its_media_too(ledger: Ledger) -> None:
+    """Another root is the same sample, as another pool is; another clip or window is another sample."""
+    (medium,) = SAMPLES[0].media
+    moved = replace(SAMPLES[0], media=(replace(medium, path="/elsewhere/clips/0.mp4"),))
+    assert ledger.add_samples([moved], "rl") == ledger.add_samples([SAMPLES[0]], "eval") == 0
+    for other in (replace(medium, path="/clips/7.mp4"), replace(medium, end=3.0), replace(medium, kind="image")):
+        with pytest.raises(LedgerError, match=r"'s0' of pool 'rl' differs from the one .*\(media\): give it an id"):
+            ledger.add_samples([replace(SAMPLES[0], media=(other,))], "rl")
 
 
 def test_the_rest_of_the_facts(ledger: Ledger) -> None:
