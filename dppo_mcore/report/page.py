@@ -16,7 +16,7 @@ from typing import Any
 from dppo_mcore.report.blocks import Limits, pack, sample_blocks
 from dppo_mcore.report.frames import Seen, frames_of
 from dppo_mcore.report.overview import overview
-from dppo_mcore.report.read import open_run
+from dppo_mcore.report.read import ReportError, reading
 
 SCRIPTS = ("svg.js", "charts.js", "tables.js", "panels.js", "store.js", "browser.js", "main.js")
 STYLES = ("base.css", "browser.css")
@@ -48,13 +48,10 @@ def _block(name: str, content: str) -> str:
 
 def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: Seen | None = None) -> str:  # noqa: B008
     """The page of a run as text; `seen` keeps pictures from one page to the next."""
-    run = open_run(folder)
-    try:
+    with reading(folder) as run:
         data = overview(run)
         samples = sample_blocks(run, limits)
         pictures, note = frames_of(run, samples, limits, seen)
-    finally:
-        run.close()
     places = sorted(pictures)
     groups = [places[k : k + FRAMES_PER_BLOCK] for k in range(0, len(places), FRAMES_PER_BLOCK)]
     data["browser"] = {
@@ -88,6 +85,10 @@ def write(folder: Path, out: Path | None = None, limits: Limits = Limits()) -> P
     """Write the page to `out` (default RUN/report.html), whole or not at all."""
     out = out or folder / "report.html"
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.write_text(build(folder, limits), encoding="utf-8")
-    unfinished.replace(out)
+    page = build(folder, limits)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(out)
+    except OSError as error:
+        raise ReportError(f"{out} can't be written ({error.strerror}); --out FILE puts the report elsewhere") from error
     return out
