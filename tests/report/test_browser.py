@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -16,37 +15,14 @@ from dppo_mcore.practice.ledger import Ledger
 from dppo_mcore.report.blocks import Limits
 from dppo_mcore.report.page import write
 from dppo_mcore.report.watch import make_server
+from tests.report.driver import HERE, ROOT, TOOLS, chromium
 from tests.report.synthetic import make_run
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TOOLS = ROOT / ".cache" / "report-check"
 FIRST_PAINT_MS = 2000
 FILTER_MS = 300
 MOST_BYTES = 150e6
 
 pytestmark = pytest.mark.report
-
-
-def chromium() -> str:
-    """Path of the browser; its absence is a failure, not a skip."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert found, "chromium is missing: apt-get install chromium"
-    return found
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """The driver and the accessibility checker, installed once."""
-    assert shutil.which("npm"), "npm is missing: apt-get install nodejs npm"
-    TOOLS.mkdir(parents=True, exist_ok=True)
-    wanted = (HERE / "package.json").read_text()
-    stamp = TOOLS / "installed.json"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        shutil.copy(HERE / "package.json", TOOLS / "package.json")
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=TOOLS, check=True, capture_output=True)
-        stamp.write_text(wanted)
-    return TOOLS
 
 
 def check(report: Path, node_modules: Path, shots: Path) -> dict[str, Any]:
