@@ -35,6 +35,12 @@ function summary() {
   body("summary").append(node("dl", { cls: "figures" }, figures));
 }
 
+// Where a phase stands among the run's steps; its own count from 0. Phases that only roll out have none.
+function stepsOf({ kind, start_step: start, end_step: own }) {
+  if (start === null || own === 0 || ["buffer", "weakness"].includes(kind)) return "";
+  return `${start} to ${own === null ? "…" : start + own}`;
+}
+
 function timeline() {
   const shown = DATA.phases.filter((phase) => phase.started_at);
   if (!shown.length) { body("timeline").append(lead("No phase has started.")); return; }
@@ -56,7 +62,7 @@ function timeline() {
     svg.append(shape("text", { cls: room ? null : "on", x: room ? end + 8 : Math.max(end, start + 3) - 8, y: k * line + 19, "text-anchor": room ? "start" : "end" }, room || end - start > 60 ? duration((phase.ended_at || DATA.made) - phase.started_at) : ""));
   });
   const rows = DATA.phases.map((phase) => [phase.name, phase.kind, phase.state, phase.horizon ? `${phase.horizon} s` : "",
-    phase.start_step === null ? "" : `${phase.start_step} to ${phase.end_step ?? "…"}`, phase.rollouts || null,
+    stepsOf(phase), phase.rollouts || null,
     phase.started_at ? duration((phase.ended_at || DATA.made) - phase.started_at) : "", phase.reason]);
   body("timeline").append(lead("Reinforcement learning finds what the model can't do, supervised refinement repairs it, clips get longer, and round again."),
     figure({ title: "Wall time", drawing: svg, legend: [...new Set(shown.map((phase) => phase.kind))].map((kind) => ({ name: KIND_NAMES[kind] || kind, color: kindColor(kind) })),
