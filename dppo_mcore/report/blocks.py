@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dppo_mcore.report.packing import pack
 from dppo_mcore.report.read import Run, text_of
 
 ROLLOUTS_PER_BLOCK = 800
@@ -30,12 +29,6 @@ class Limits:
     """Samples with pictures."""
     frame_seconds: float = 60.0
     """Time spent decoding pictures at most."""
-
-
-def pack(value: Any) -> str:
-    """JSON, gzip, base64."""
-    raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode("ascii")
 
 
 def _shorten(text: str) -> str:

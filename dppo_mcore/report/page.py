@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import os
 import re
 import time
@@ -13,9 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dppo_mcore.report.blocks import Limits, pack, sample_blocks
+from dppo_mcore.report.blocks import Limits, sample_blocks
 from dppo_mcore.report.frames import Seen, frames_of
 from dppo_mcore.report.overview import overview
+from dppo_mcore.report.packing import as_json, pack
 from dppo_mcore.report.read import ReportError, reading
 
 SCRIPTS = ("svg.js", "charts.js", "tables.js", "panels.js", "store.js", "browser.js", "main.js")
@@ -29,7 +29,7 @@ def _asset(name: str) -> str:
 
 def _inline(value: Any) -> str:
     """JSON that can stand inside a script element: ASCII only, and no tag can begin in it."""
-    return json.dumps(value).replace("<", "\\u003c")
+    return as_json(value, ensure_ascii=True).replace("<", "\\u003c")
 
 
 def _filled(template: str, contents: dict[str, str]) -> str:

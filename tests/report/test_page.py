@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.practice.ledger import Ledger, PhasePlan
+from dppo_mcore.report.blocks import Limits
 from dppo_mcore.report.page import write
+from dppo_mcore.types import Rollout, Sample, ScoredRollout, Turn
 from tests.report.driver import walk
 from tests.report.synthetic import make_run
 
@@ -19,6 +22,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("page") / "run", rollouts=4000, clips=2)
 
 
+def small_run(folder: Path, **samples: object) -> Path:
+    """One RL phase with a rollout for each sample; samples are given by id with their gold answers."""
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.add_samples(
+            [Sample(name, "exact", (Turn("user", f"{name} ?"),), gold=gold) for name, gold in samples.items()], "rl"
+        )
+        ledger.plan([PhasePlan("1-1 RL", 1, "rl", 32.0)])
+        ledger.start_phase("1-1 RL", 0)
+        answers = [Rollout(name, 0, (1,), (-0.1,), f"I say {name}", "stop", ((1, 0, 1),)) for name in samples]
+        ledger.record_rollouts("1-1 RL", 0, [ScoredRollout(one, 1.0, {"task": 1.0}, True, None) for one in answers])
+    return folder
+
+
 def test_steps_of_a_phase_are_steps_of_the_run(run: Path, node_modules: Path) -> None:
     with Ledger(run / "ledger.sqlite") as ledger:
         known = {phase.name: phase for phase in ledger.phases()}
@@ -28,3 +44,40 @@ def test_steps_of_a_phase_are_steps_of_the_run(run: Path, node_modules: Path) ->
     assert first.end_step == second.end_step == 12 and second.start_step == 6 + 12 + 6
     assert steps["1-1 RL"] == "6 to 18" and steps["2-1 RL"] == "24 to 36"
     assert steps["1-1 buffer"] == steps["1-2 weakness"] == ""
+
+
+def test_numbers_that_are_none_are_shown_by_name(tmp_path: Path, node_modules: Path) -> None:
+    folder = small_run(tmp_path, odd=float("nan"), even="4")
+    parts = {"score": float("nan"), "success": 0.5, "extremity": 0.1, "flatness": float("inf"), "change": None}
+    numbers = {"score": float("nan"), "tasks": {"exact": {**parts, "window": 1, "prompts": 2}}, "frozen": []}
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.decide("1-1 RL", 1, "stagnation", numbers, "a collapsed run")
+        answer = Rollout("odd", 1, (1,), (-0.1,), "!", "stop", ((1, 0, 1),))
+        ledger.record_rollouts("1-1 RL", 0, [ScoredRollout(answer, float("inf"), {"task": 1.0}, True, None)])
+    (folder / "metrics.jsonl").write_text('{"step": 1, "phase": "1-1 RL", "rl/stagnation": 0.5}\n')
+    gold, rollouts, other, table = walk(
+        write(folder, limits=Limits(frame_samples=0)),
+        node_modules,
+        [("click", "#samples .list button >> text=odd"), ("wait", ".detail .pair"), ("text", ".detail .pair"),
+         ("text", ".detail .answers"), ("click", "#samples .list button >> text=even"),
+         ("wait", ".detail .tags >> text=even"), ("text", ".detail .pair"), ("texts", "#practice td")],
+    )  # fmt: skip
+    assert gold == "GoldNaN" and "reward Infinitytask 1" in rollouts and other == "Gold4"
+    assert table[:5] == ["exact", "NaN", "50.0%", "0.100", "Infinity"]
+
+
+def test_a_sample_that_cannot_be_unpacked_says_so_and_is_tried_again(tmp_path: Path, node_modules: Path) -> None:
+    report = write(small_run(tmp_path, whole="1"), limits=Limits(frame_samples=0))
+    page = report.read_text()
+    found = re.search(r'id="samples-0">([^<]*)<', page)
+    assert found
+    report.write_text(page.replace(found.group(1), found.group(1)[:40]))
+    mended = f'document.getElementById("samples-0").textContent = "{found.group(1)}"'
+    broken, whole = walk(
+        report,
+        node_modules,
+        [("click", "#samples .list button"), ("wait", ".detail [role=alert]"), ("text", ".detail"),
+         ("run", f"{{ {mended} }}"), ("click", "#samples .list button"), ("wait", ".detail .answers"),
+         ("text", ".detail .answers .text")],
+    )[0:3:2]  # fmt: skip
+    assert "This sample can't be shown" in broken and whole == "I say whole"

@@ -225,7 +225,7 @@ def test_watching_serves_on_loopback_and_follows_the_run(run: Path) -> None:
     try:
         assert server.server_address[0] == "127.0.0.1"
         body = urllib.request.urlopen(f"{address}/", timeout=30).read().decode()
-        assert '"live": true' in body
+        assert '"live":true' in body
         assert urllib.request.urlopen(f"{address}/version", timeout=30).read().decode() == state_token(run)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/ledger.sqlite", timeout=30)

@@ -88,7 +88,7 @@ async function browse() {
     state.current = k;
     remember();
     list.querySelectorAll("button").forEach((button) => { if (+button.dataset.place === k) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current"); });
-    const made = await sampleView(index, k);
+    const made = await sampleView(index, k).catch((error) => [node("h3", {}, plain(index.id[k])), node("p", { cls: "note", role: "alert" }, `This sample can't be shown: ${error.message}`)]);
     if (state.current === k) { detail.replaceChildren(...made); detail.scrollTop = 0; }
   }
 

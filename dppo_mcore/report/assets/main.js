@@ -14,7 +14,7 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 
 for (const draw of [summary, timeline, progress, practice, curves, time, corpus, details]) draw();
-addEventListener("DOMContentLoaded", () => browse().then(() => {
+addEventListener("DOMContentLoaded", () => browse().catch((error) => body("samples").append(lead(`The samples can't be shown: ${error.message}`))).then(() => {
   if (DATA.live) scrollTo({ top: +stored("report-scroll", undefined, "sessionStorage") || 0, behavior: "instant" });
   document.documentElement.dataset.ready = "yes";
 }));

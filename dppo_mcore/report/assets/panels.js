@@ -134,12 +134,12 @@ function stagnation() {
     const lines = [{ name: "S over all", color: "var(--ink)", points: series["rl/stagnation"] },
       ...found.map((name) => ({ name: name.slice(14), color: colorOf(name.slice(14)), points: series[name], faint: true }))];
     parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective and over all.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold(), name: `ends at ${threshold()}` },
-      bands: bands(), moments: decided.map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, value: one.numbers.score, name: `${one.phase} ends, S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
+      bands: bands(), moments: decided.filter((one) => typeof one.numbers.score === "number").map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, value: one.numbers.score, name: `${one.phase} ends, S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
   }
   for (const one of decided.slice(-8)) {
-    const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, task.score.toFixed(3), percent(task.success, 1), task.extremity.toFixed(3), task.flatness.toFixed(3),
+    const rows = Object.entries(one.numbers.tasks).map(([name, task]) => [name, fixed(task.score, 3), percent(task.success, 1), fixed(task.extremity, 3), fixed(task.flatness, 3),
       task.change === null ? "" : `${(100 * task.change).toFixed(1)} ± ${(100 * task.error).toFixed(1)} points`, `${task.window} steps, ${whole(task.prompts)} prompts`]);
-    parts.push(node("div", { cls: "card" }, node("h3", {}, `${one.phase}, step ${one.step}: S = ${one.numbers.score.toFixed(2)}`), node("p", { cls: "note" }, one.reason),
+    parts.push(node("div", { cls: "card" }, node("h3", {}, `${one.phase}, step ${one.step}: S = ${fixed(one.numbers.score, 2)}`), node("p", { cls: "note" }, one.reason),
       scrollTable(["objective", "S", "success", "extremity", "flatness", "change", "window"], rows, `Stagnation of ${one.phase}`)));
   }
   return parts.length ? [node("div", { cls: "grid" }, parts)] : [];

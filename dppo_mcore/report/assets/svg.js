@@ -30,7 +30,11 @@ const plain = (text) => text.replaceAll(/[\u0000-\u0008\u000b-\u001f\u007f\u200e
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 const whole = (number) => Math.round(number).toLocaleString("en");
 
+// What JSON has no number for comes as its name, "NaN" or "Infinity".
+const fixed = (number, digits) => (typeof number === "number" ? number.toFixed(digits) : `${number}`);
+
 function compact(number) {
+  if (typeof number !== "number") return `${number}`;
   const size = Math.abs(number);
   if (size >= 1e9) return `${+(number / 1e9).toPrecision(3)}G`;
   if (size >= 1e6) return `${+(number / 1e6).toPrecision(3)}M`;
