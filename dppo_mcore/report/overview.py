@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from typing import Any
 
 import yaml
 
-from dppo_mcore.report.read import Run, read_metrics
-from dppo_mcore.report.statistics import thin, wilson
+from dppo_mcore.report.curves import curves
+from dppo_mcore.report.read import Run
+from dppo_mcore.report.statistics import MOST_POINTS, thin, wilson
 
-MOST_POINTS = 400
-"""Points per curve; longer ones are averaged over runs of steps."""
 AS_OF_COPY = "The run keeps its ledger to itself: what follows is as of its last finished phase."
 RATE_CLASSES = ("never", "up to 25%", "up to 50%", "up to 75%", "below 100%", "always")
 
@@ -106,39 +104,6 @@ def decisions(run: Run) -> list[dict[str, Any]]:
         {"phase": run.phases[phase], "step": step, "kind": kind, "numbers": json.loads(numbers), "reason": reason}
         for phase, step, kind, numbers, reason in run.rows(query)
     ]
-
-
-WORK = {"generation": "rollout/flops", "training": "train/flops"}
-
-
-def curves(run: Run) -> dict[str, Any]:
-    """Every metric as a thinned curve, seconds by stage and phase, and the span of steps of each phase."""
-    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    spans: dict[str, list[int]] = {}
-    flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for row in read_metrics(run.folder):
-        step, phase = row["step"], str(row.get("phase", ""))
-        if "time/step" in row:
-            span = spans.setdefault(phase, [step, step])
-            span[1] = max(span[1], step)
-        for name, value in row.items():
-            if "/" not in name or not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            series[name].append((step, value))
-            if name.startswith("time/"):
-                seconds[phase][name.removeprefix("time/")] += value
-        for stage, name in WORK.items():
-            flops[phase][stage] += row.get(name) or 0.0
-        if "time/logprobs" in row and "time/train" in row:
-            # The log-prob passes are part of the training time; each second is shown once.
-            seconds[phase]["train"] -= row["time/logprobs"] or 0.0
-    return {
-        "series": {name: thin(points, MOST_POINTS) for name, points in sorted(series.items())},
-        "seconds": {phase: dict(stages) for phase, stages in seconds.items()},
-        "flops": {phase: dict(stages) for phase, stages in flops.items() if any(stages.values())},
-        "spans": {phase: span for phase, span in spans.items() if phase},
-    }
 
 
 def corpus(run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ function lineChart({ title, note, series, floor, ceiling, threshold, bands = [],
   const [width, height] = size;
   const svg = canvas(width, height);
   const shown = series.filter((one) => one.points.length);
-  const xs = shown.flatMap((one) => [one.points[0][0], one.points[one.points.length - 1][0]]);
+  const xs = shown.flatMap((one) => one.points.map((point) => point[0]));
   const ys = shown.flatMap((one) => one.points.map((point) => point[1])).concat(threshold ? [threshold.at] : []);
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   const [y0, y1] = extent(ys, floor, ceiling);

@@ -170,7 +170,7 @@ function time() {
   const names = [...new Set(Object.values(DATA.curves.seconds).flatMap(Object.keys))].filter((name) => name !== "step" && name !== "total").sort();
   const rows = Object.entries(DATA.curves.seconds).map(([phase, spent]) => ({ name: phase || "other", parts: names.filter((name) => spent[name]).map((name) => ({ name: name.replaceAll("_", " "), color: color(names.indexOf(name)), value: spent[name] })) })).filter((row) => row.parts.length && (row.name !== "other" || row.parts.some((part) => part.value > 1)));
   const grid = node("div", { cls: "grid two" });
-  if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0.", rows, format: duration }));
+  if (rows.length) grid.append(stackedBars({ title: "Seconds by stage", note: "Summed over the steps of each phase, on rank 0. A step that was done again after an interruption counts once, each stage by its longer time.", rows, format: duration }));
   const work = Object.entries(DATA.curves.flops).map(([phase, spent]) => ({ name: phase, parts: Object.entries(spent).filter(([, value]) => value).map(([name, value]) => ({ name, color: name === "training" ? "var(--c2)" : "var(--c1)", value })) }));
   if (work.length) grid.append(stackedBars({ title: "Arithmetic by phase", note: "Model FLOPs over all ranks, vision tower included. Generation counts a prompt once for its answers; evaluation isn't counted.", rows: work, format: (value) => `${(value / 1e12).toPrecision(3)} TFLOP` }));
   const used = DATA.curves.series["train/mfu"];
