@@ -25,13 +25,28 @@ def rate_class(successes: int, trials: int) -> int:
     return min(4, 1 + int(4 * successes / trials - 1e-9))
 
 
-def phases(run: Run) -> list[dict[str, Any]]:
-    """The schedule with what each phase did and why it ended."""
+def newest_trace(run: Run, logged: float = 0.0) -> float:
+    """When the run last wrote something that bears a time: to the ledger, or as figures (`logged`)."""
+    latest = ["SELECT written_at FROM rollouts ORDER BY key DESC LIMIT 1"]
+    latest += [f"SELECT max(written_at) FROM {table}" for table in ("teacher_answers", "evaluations", "decisions")]
+    found = (row[0] for query in latest for row in run.rows(query))
+    return max([logged, *(time for time in found if time is not None)])
+
+
+def phases(run: Run, logged: float = 0.0) -> list[dict[str, Any]]:
+    """The schedule with what each phase did and why it ended.
+
+    `until` is a phase's end; of one that isn't done the last sign of life, as the run may have been killed since.
+    """
+    sign = newest_trace(run, logged)
     rollouts = dict(run.rows("SELECT phase, sum(trials) FROM success GROUP BY phase"))
     names = "key, name, loop, kind, horizon, state, start_step, end_step, reason, started_at, ended_at"
     keys = [name.strip() for name in names.split(",")]
     table = [dict(zip(keys, row, strict=True)) for row in run.rows(f"SELECT {names} FROM phases ORDER BY key")]
-    return [{**row, "rollouts": rollouts.get(row.pop("key"), 0)} for row in table]
+    for row in table:
+        row["rollouts"] = rollouts.get(row.pop("key"), 0)
+        row["until"] = row["started_at"] and (row["ended_at"] or max(row["started_at"], sign))
+    return table
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
@@ -136,8 +151,9 @@ def _note(config: str) -> str:
     return str(section.get("note") or "") if isinstance(section, dict) else ""
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts for the header, and the resolved configuration."""
+    begun = [phase for phase in plan if phase["started_at"]]
     one = lambda query: run.rows(query)[0][0] or 0  # noqa: E731
     file = run.folder / "config.yaml"
     config = file.read_text() if file.exists() else ""
@@ -146,8 +162,8 @@ def facts(run: Run) -> dict[str, Any]:
         "rollouts": one("SELECT sum(trials) FROM success"),
         "samples": one("SELECT count(*) FROM samples"),
         "tokens": one("SELECT sum(tokens) FROM rollouts"),
-        "started": one("SELECT min(started_at) FROM phases"),
-        "ended": one("SELECT max(coalesce(ended_at, started_at)) FROM phases"),
+        "started": min((phase["started_at"] for phase in begun), default=0),
+        "ended": max((phase["until"] for phase in begun), default=0),
         "quarantine": [{"path": path, "reason": reason}
                        for path, reason in run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT 500")],
         "config": config,
@@ -157,13 +173,15 @@ def facts(run: Run) -> dict[str, Any]:
 
 def overview(run: Run) -> dict[str, Any]:
     """All of it."""
+    drawn = curves(run)
+    plan = phases(run, drawn.pop("written"))
     return {
-        "facts": facts(run),
-        "phases": phases(run),
+        "facts": facts(run, plan),
+        "phases": plan,
         "evaluations": evaluations(run),
         "success": success_over_steps(run),
         "rateClasses": RATE_CLASSES,
         "decisions": decisions(run),
-        "curves": curves(run),
+        "curves": drawn,
         "corpus": corpus(run),
     }

@@ -7,7 +7,6 @@ import hashlib
 import html
 import os
 import re
-import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: See
         "note": note,
     }
     data["live"] = live
-    data["made"] = time.time()
     parts = [_block("samples-index", pack(samples.index))]
     parts += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
     parts += [_block(f"pictures-{number}", pack({place: pictures[place] for place in group}))

@@ -63,3 +63,10 @@ def test_chunks_of_a_phase_without_steps_add_up(tmp_path: Path) -> None:
 def test_a_figure_that_is_none_the_second_time_is_none(tmp_path: Path) -> None:
     found = curves_of(tmp_path, [step(1, 0.1), step(2, 0.1), step(1, 0.1) | {"rl/reward": None}])
     assert found["series"]["rl/reward"] == [(2, 0.1)]
+
+
+def test_a_curve_goes_forward_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
+    """A run that goes on with shorter intervals evaluates where it didn't before."""
+    evaluated = [{"step": k, "phase": "1-1 RL", "eval/success": k / 10} for k in (4, 2, 3)]
+    found = curves_of(tmp_path, [step(4, 0.1), evaluated[0], step(2, 0.1), *evaluated[1:]])
+    assert found["series"]["eval/success"] == [(2, 0.2), (3, 0.3), (4, 0.4)]

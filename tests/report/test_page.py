@@ -81,3 +81,17 @@ def test_a_sample_that_cannot_be_unpacked_says_so_and_is_tried_again(tmp_path: P
          ("text", ".detail .answers .text")],
     )[0:3:2]  # fmt: skip
     assert "This sample can't be shown" in broken and whole == "I say whole"
+
+
+def test_a_killed_run_shows_the_time_it_ran(tmp_path: Path, node_modules: Path) -> None:
+    folder = small_run(tmp_path, one="1")
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.connection.execute("UPDATE phases SET started_at = 1000")
+        ledger.connection.execute("UPDATE rollouts SET written_at = 1250")
+    table, note, figures = walk(
+        write(folder, limits=Limits(frame_samples=0)),
+        node_modules,
+        [("table", "Wall time"), ("text", "#timeline figure .note"), ("text", "#summary dl")],
+    )
+    assert table[1][table[0].index("time")] == "4 min 10 s" and "Interruptions included" in note
+    assert "Wall time4 min 10 sinterruptions included" in figures

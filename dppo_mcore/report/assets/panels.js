@@ -30,7 +30,7 @@ function summary() {
   add("Rollouts", compact(facts.rollouts), `${compact(facts.tokens)} tokens`);
   const done = DATA.phases.filter((phase) => phase.state === "done").length;
   add("Phases done", `${done} of ${DATA.phases.length}`, DATA.phases.find((phase) => phase.state === "running")?.name);
-  if (facts.ended > facts.started) add("Wall time", duration(facts.ended - facts.started));
+  if (facts.ended > facts.started) add("Wall time", duration(facts.ended - facts.started), "interruptions included");
   if (facts.note) body("summary").append(lead(facts.note));
   body("summary").append(node("dl", { cls: "figures" }, figures));
 }
@@ -45,7 +45,7 @@ function timeline() {
   const shown = DATA.phases.filter((phase) => phase.started_at);
   if (!shown.length) { body("timeline").append(lead("No phase has started.")); return; }
   const from = Math.min(...shown.map((phase) => phase.started_at));
-  const to = Math.max(...shown.map((phase) => phase.ended_at || DATA.made));
+  const to = Math.max(...shown.map((phase) => phase.until));
   const [width, line] = [1160, 30];
   const svg = canvas(width, shown.length * line + 34);
   const x = scale([0, to - from], [150, width - 20]);
@@ -54,19 +54,19 @@ function timeline() {
     svg.append(shape("text", { x: x(value), y: shown.length * line + 22, "text-anchor": "middle" }, duration(value).replace(/ 0 (s|min)$/, "")));
   }
   shown.forEach((phase, k) => {
-    const start = x(phase.started_at - from), end = x((phase.ended_at || DATA.made) - from);
+    const start = x(phase.started_at - from), end = x(phase.until - from);
     svg.append(shape("text", { cls: "strong", x: 138, y: k * line + 19, "text-anchor": "end" }, phase.name));
     svg.append(withTip(shape("rect", { x: start, y: k * line + 5, width: Math.max(3, end - start), height: 20, rx: 4, style: `fill:${kindColor(phase.kind)}` }),
-      `${phase.name} (${phase.state})\n${duration((phase.ended_at || DATA.made) - phase.started_at)}${phase.horizon ? `, clips up to ${phase.horizon} s` : ""}\n${phase.reason || ""}`));
+      `${phase.name} (${phase.state})\n${duration(phase.until - phase.started_at)}${phase.horizon ? `, clips up to ${phase.horizon} s` : ""}\n${phase.reason || ""}`));
     const room = end < width - 90;
-    svg.append(shape("text", { cls: room ? null : "on", x: room ? end + 8 : Math.max(end, start + 3) - 8, y: k * line + 19, "text-anchor": room ? "start" : "end" }, room || end - start > 60 ? duration((phase.ended_at || DATA.made) - phase.started_at) : ""));
+    svg.append(shape("text", { cls: room ? null : "on", x: room ? end + 8 : Math.max(end, start + 3) - 8, y: k * line + 19, "text-anchor": room ? "start" : "end" }, room || end - start > 60 ? duration(phase.until - phase.started_at) : ""));
   });
   const rows = DATA.phases.map((phase) => [phase.name, phase.kind, phase.state, phase.horizon ? `${phase.horizon} s` : "",
     stepsOf(phase), phase.rollouts || null,
-    phase.started_at ? duration((phase.ended_at || DATA.made) - phase.started_at) : "", phase.reason]);
+    phase.started_at ? duration(phase.until - phase.started_at) : "", phase.reason]);
   body("timeline").append(lead("Reinforcement learning finds what the model can't do, supervised refinement repairs it, clips get longer, and round again."),
-    figure({ title: "Wall time", drawing: svg, legend: [...new Set(shown.map((phase) => phase.kind))].map((kind) => ({ name: KIND_NAMES[kind] || kind, color: kindColor(kind) })),
-      label: `Phases: ${shown.map((phase) => `${phase.name} ${duration((phase.ended_at || DATA.made) - phase.started_at)}`).join(", ")}`,
+    figure({ title: "Wall time", note: "Interruptions included. A phase that isn't done counts up to the last thing that it wrote.", drawing: svg, legend: [...new Set(shown.map((phase) => phase.kind))].map((kind) => ({ name: KIND_NAMES[kind] || kind, color: kindColor(kind) })),
+      label: `Phases: ${shown.map((phase) => `${phase.name} ${duration(phase.until - phase.started_at)}`).join(", ")}`,
       columns: ["phase", "kind", "state", "clips", "steps", "rollouts", "time", "why it ended"], rows }));
 }
 
