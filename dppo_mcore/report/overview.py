@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -13,6 +14,10 @@ from dppo_mcore.report.read import Run
 from dppo_mcore.report.statistics import MOST_POINTS, thin, wilson
 
 AS_OF_COPY = "The run keeps its ledger to itself: what follows is as of its last finished phase."
+AGGREGATES = ("mean", "all", "freeze")
+"""Of `stagnation_aggregate`, the default first."""
+MOST_QUARANTINED = 500
+"""Media set aside that are listed."""
 RATE_CLASSES = ("never", "up to 25%", "up to 50%", "up to 75%", "below 100%", "always")
 
 
@@ -81,11 +86,11 @@ def _share(successes: int, count: int) -> dict[str, Any]:
 
 
 def success_over_steps(run: Run) -> list[dict[str, Any]]:
-    """Per RL phase: the distribution of success rates by step, and mean success of each objective by step."""
+    """Per phase the distribution of success rates and the mean success of each objective, by its steps from 1."""
     found = []
     for key, name in run.phases.items():
         groups = run.rows(
-            "SELECT u.step, s.objective, u.trials, u.successes FROM success u JOIN samples s ON s.key = u.sample "
+            "SELECT u.step + 1, s.objective, u.trials, u.successes FROM success u JOIN samples s ON s.key = u.sample "
             "WHERE u.phase = ? ORDER BY u.step",
             key,
         )
@@ -141,14 +146,23 @@ def corpus(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _note(config: str) -> str:
-    """What the configuration has to say to readers; nothing if it isn't one."""
+def _sections(config: str) -> dict[str, dict[str, Any]]:
+    """The configuration by section; empty where it isn't one."""
     try:
         found = yaml.safe_load(config)
     except yaml.YAMLError:
-        return ""
-    section = found.get("run") if isinstance(found, dict) else None
-    return str(section.get("note") or "") if isinstance(section, dict) else ""
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: section for name, section in found.items() if isinstance(section, dict)}
+
+
+def _stagnation(practice: dict[str, Any]) -> dict[str, Any]:
+    """What ends an RL phase: the score, and whose it is."""
+    threshold, aggregate = practice.get("stagnation_threshold"), practice.get("stagnation_aggregate")
+    return {
+        "threshold": threshold if isinstance(threshold, int | float) and math.isfinite(threshold) else 0.7,
+        "aggregate": aggregate if aggregate in AGGREGATES else AGGREGATES[0],
+    }
 
 
 def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,6 +171,9 @@ def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
     one = lambda query: run.rows(query)[0][0] or 0  # noqa: E731
     file = run.folder / "config.yaml"
     config = file.read_text() if file.exists() else ""
+    sections = _sections(config)
+    quarantine = run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT ?", MOST_QUARANTINED)
+    note = str(sections.get("run", {}).get("note") or "")
     return {
         "name": run.folder.resolve().name,
         "rollouts": one("SELECT sum(trials) FROM success"),
@@ -164,11 +181,12 @@ def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens": one("SELECT sum(tokens) FROM rollouts"),
         "started": min((phase["started_at"] for phase in begun), default=0),
         "ended": max((phase["until"] for phase in begun), default=0),
-        "quarantine": [{"path": path, "reason": reason}
-                       for path, reason in run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT 500")],
+        "quarantine": [{"path": path, "reason": reason} for path, reason in quarantine],
+        "quarantined": one("SELECT count(*) FROM quarantine"),
         "config": config,
-        "note": " ".join(filter(None, (_note(config), AS_OF_COPY if run.as_of_copy else ""))),
-    }  # fmt: skip
+        "stagnation": _stagnation(sections.get("practice", {})),
+        "note": " ".join(filter(None, (note, AS_OF_COPY if run.as_of_copy else ""))),
+    }
 
 
 def overview(run: Run) -> dict[str, Any]:

@@ -95,3 +95,71 @@ def test_a_killed_run_shows_the_time_it_ran(tmp_path: Path, node_modules: Path) 
     )
     assert table[1][table[0].index("time")] == "4 min 10 s" and "Interruptions included" in note
     assert "Wall time4 min 10 sinterruptions included" in figures
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "line", "words"),
+    [
+        ("mean", "ends at 0.6", "when the mean of the objectives' stagnation scores reaches 0.6"),
+        ("all", "ends when every objective is at 0.6", "every objective is at least 0.6 in the same step"),
+        ("freeze", "an objective rests from 0.6 on", "is drawn no more"),
+    ],
+)
+def test_the_threshold_says_whose_score_ends_a_phase(
+    aggregate: str, line: str, words: str, tmp_path: Path, node_modules: Path
+) -> None:
+    folder = small_run(tmp_path, one="1")
+    practice = f"practice:\n  stagnation_threshold: 0.6\n  stagnation_aggregate: {aggregate}\n"
+    (folder / "config.yaml").write_text("run:\n  note: 'stagnation_threshold: 0.2'\n" + practice)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "phase": "1-1 RL", "rl/stagnation": 0.5}\n')
+    lead, texts = walk(
+        write(folder, limits=Limits(frame_samples=0)),
+        node_modules,
+        [("text", "#practice .lead"), ("texts", "#practice svg text")],
+    )
+    assert words in lead and line in texts
+
+
+def test_times_round_to_whole_minutes(tmp_path: Path, node_modules: Path) -> None:
+    names = {119.4: "119 s", 119.6: "2 min 0 s", 3599.7: "60 min 0 s", 7199.7: "2 h 0 min", 10790.0: "3 h 0 min"}
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.plan([PhasePlan(name, 1, "buffer") for name in names.values()])
+        for seconds, name in names.items():
+            ledger.start_phase(name, 0)
+            ledger.finish_phase(name, 0)
+            times = "UPDATE phases SET started_at = 1000, ended_at = ? WHERE name = ?"
+            ledger.connection.execute(times, (1000 + seconds, name))
+    [table] = walk(write(tmp_path), node_modules, [("table", "Wall time")])
+    shown = {row[0]: row[table[0].index("time")] for row in table[1:]}
+    assert shown == {name: name for name in names.values()}
+
+
+def test_a_rollout_tells_its_step_as_the_curves_count(tmp_path: Path, node_modules: Path) -> None:
+    folder = small_run(tmp_path, one="1")
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.plan([PhasePlan("2-1 buffer", 2, "buffer", 32.0)])
+        answer = Rollout("one", 0, (1,), (-0.1,), "I say one", "stop", ((1, 0, 1),))
+        scored = ScoredRollout(answer, 1.0, {"task": 1.0}, True, None)
+        ledger.record_rollouts("2-1 buffer", 4, [scored])
+        ledger.record_evaluation("1-1 RL", 1, "eval", {}, [scored])
+    heads = walk(
+        write(folder, limits=Limits(frame_samples=0)),
+        node_modules,
+        [("click", "#samples .list button"), ("wait", ".detail .answers"), ("texts", ".detail .head")],
+    )[0]
+    assert "1-1 RL, step 1 of the phase, answer 1" in heads[0] and "2-1 buffer, chunk 5, answer 1" in heads[1]
+    assert "after step 1 of the phase" in heads[2]
+
+
+def test_many_bars_stay_drawable(tmp_path: Path, node_modules: Path) -> None:
+    objectives = [f"objective {k}" for k in range(70)]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.add_samples([Sample(name, name, (Turn("user", "?"),)) for name in objectives], "eval")
+        ledger.plan([PhasePlan("1-1 RL", 1, "rl")])
+        answers = [Rollout(name, 0, (1,), (-0.1,), "!", "stop", ((1, 0, 1),)) for name in objectives]
+        scored = [ScoredRollout(answer, 1.0, {"task": 1.0}, True, None) for answer in answers]
+        ledger.record_evaluation("1-1 RL", 1, "eval", {}, scored)
+    smallest = (
+        "Math.min(...[...document.querySelectorAll('#progress figure rect')].map((one) => one.width.baseVal.value))"
+    )
+    assert walk(write(tmp_path, limits=Limits(frame_samples=0)), node_modules, [("run", smallest)]) == [1]

@@ -125,17 +125,20 @@ async function sampleView(index, k) {
   if (sample.teacher) parts.push(node("h4", {}, "The teacher's answers"), node("ol", { cls: "answers" }, sample.teacher.map(([phase, model, reward, right, kept, error, text]) => answer(right, text, [node("b", {}, model || "teacher"), `asked after ${phase}`, `reward ${compact(reward)}`, kept ? tag("kept", "good") : tag("not kept"), error ? tag(error, "bad") : null]))));
   if (sample.corpus) parts.push(node("h4", {}, "In the corpus"), node("ol", { cls: "answers" }, sample.corpus.map(([phase, source, tokens, why, text]) => answer(true, text, [node("b", {}, source), phase, `${tokens} tokens`, why]))));
   if (sample.rollouts.length) parts.push(node("h4", {}, `Rollouts (${sample.rollouts.length})`), paged(sample.rollouts, rollout));
-  if (sample.evaluation) parts.push(node("h4", {}, "Held-out answers"), paged(sample.evaluation, ([phase, step, name, reward, right, found, text]) => answer(right, text, [node("b", {}, phase), name, `step ${step}`, ...rewards(reward, found)])));
+  if (sample.evaluation) parts.push(node("h4", {}, "Held-out answers"), paged(sample.evaluation, ([phase, step, name, reward, right, found, text]) => answer(right, text, [node("b", {}, phase), name, step ? `after step ${step} of the phase` : "before any step", ...rewards(reward, found)])));
   return parts;
 }
 
+// Steps are counted from 1 as in the curves; phases that only roll out do so chunk by chunk.
+const measured = new Set(DATA.phases.filter(({ kind }) => kind === "buffer" || kind === "weakness").map(({ name }) => name));
+const when = (phase, step) => (measured.has(phase) ? `${phase}, chunk ${step + 1}` : `${phase}, step ${step + 1} of the phase`);
 const tag = (text, kind = "") => node("span", { cls: `tag ${kind}` }, plain(text));
 const asked = (question) => plain(question.replaceAll(/<(video|image)>/g, "")).trim();
 const rewards = (reward, found) => [`reward ${compact(reward)}`, Object.entries(found).map(([name, value]) => `${name} ${typeof value === "number" ? compact(value) : value}`).join(", ")];
 
 function rollout([phase, step, number, reward, right, tokens, finish, found, versions, error, text]) {
   const weights = versions.length ? `weights ${versions.map(([version, from, to]) => (versions.length > 1 ? `${version} (tokens ${from} to ${to})` : version)).join(", ")}` : null;
-  return answer(right, text, [node("b", {}, right ? "right" : "wrong"), `${phase}, step ${step}, answer ${number + 1}`, ...rewards(reward, found), `${tokens} tokens`, weights, finish === "stop" ? null : tag(finish, "bad"), error ? tag(error, "bad") : null]);
+  return answer(right, text, [node("b", {}, right ? "right" : "wrong"), `${when(phase, step)}, answer ${number + 1}`, ...rewards(reward, found), `${tokens} tokens`, weights, finish === "stop" ? null : tag(finish, "bad"), error ? tag(error, "bad") : null]);
 }
 
 function answer(right, text, head) {

@@ -109,18 +109,26 @@ function forgetting() {
     groups: bars.map((bar) => ({ name: bar.name, bars: [bar] })), size: [WIDE, 300] });
 }
 
+// What ends a phase of reinforcement learning, by stagnation_aggregate: in the figure and in words.
+const { threshold, aggregate } = DATA.facts.stagnation;
+const ENDS = {
+  mean: [`ends at ${threshold}`, `Reinforcement learning ends when the mean of the objectives' stagnation scores reaches ${threshold}.`],
+  all: [`ends when every objective is at ${threshold}`, `Reinforcement learning ends when the stagnation score of every objective is at least ${threshold} in the same step.`],
+  freeze: [`an objective rests from ${threshold} on`, `An objective whose stagnation score reaches ${threshold} is drawn no more; reinforcement learning ends when all of them have reached it.`],
+}[aggregate];
+
 function practice() {
   const into = body("practice");
   const colors = DATA.rateClasses.map((_, k) => `var(--r${k})`);
-  into.append(lead("Each prompt's group of answers has a success rate. What stays at “never” is what the model can't do yet; what is “always” has nothing left to teach. Reinforcement learning ends when the stagnation score reaches its threshold."));
+  into.append(lead("Each prompt's group of answers has a success rate. What stays at “never” is what the model can't do yet; what is “always” has nothing left to teach. " + ENDS[1]));
   const grid = node("div", { cls: "grid two" });
   const trained = DATA.success.filter((entry) => DATA.phases.find((phase) => phase.name === entry.phase)?.kind === "rl");
   for (const entry of trained) {
-    if (entry.steps.length > 1) grid.append(shareArea({ title: `${entry.phase}: success rates of groups`, note: `${whole(entry.groups)} groups, share per step`, columns: entry.steps, classes: DATA.rateClasses, colors }));
+    if (entry.steps.length > 1) grid.append(shareArea({ title: `${entry.phase}: success rates of groups`, note: `${whole(entry.groups)} groups, share per step of the phase`, columns: entry.steps, classes: DATA.rateClasses, colors }));
   }
   for (const entry of trained) {
     const series = Object.keys(entry.objective).sort().map((name) => ({ name, color: colorOf(name), points: entry.objective[name] }));
-    if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, note: "share of the step's answers that are right, by objective", series, floor: 0, ceiling: 1, format: percent }));
+    if (series.some((one) => one.points.length > 1)) grid.append(lineChart({ title: `${entry.phase}: mean success while training`, note: "share of the step's answers that are right, by objective", series, floor: 0, ceiling: 1, format: percent, xName: "step of the phase" }));
   }
   into.append(grid, ...stagnation());
 }
@@ -133,7 +141,7 @@ function stagnation() {
   if (series["rl/stagnation"]) {
     const lines = [{ name: "S over all", color: "var(--ink)", points: series["rl/stagnation"] },
       ...found.map((name) => ({ name: name.slice(14), color: colorOf(name.slice(14)), points: series[name], faint: true }))];
-    parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective and over all.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold(), name: `ends at ${threshold()}` },
+    parts.push(lineChart({ title: "Stagnation score", note: "S = 0.3 × extremity + 0.7 × flatness, per objective; “S over all” is their mean.", series: lines, floor: 0, ceiling: 1, threshold: { at: threshold, name: ENDS[0] },
       bands: bands(), moments: decided.filter((one) => typeof one.numbers.score === "number").map((one) => ({ at: (DATA.curves.spans[one.phase]?.[0] ?? 1) - 1 + one.step, value: one.numbers.score, name: `${one.phase} ends, S = ${one.numbers.score.toFixed(2)}` })), format: (value) => value.toFixed(2), size: [1160, 280] }));
   }
   for (const one of decided.slice(-8)) {
@@ -145,7 +153,6 @@ function stagnation() {
   return parts.length ? [node("div", { cls: "grid" }, parts)] : [];
 }
 
-const threshold = () => +(/stagnation_threshold:\s*([\d.]+)/.exec(DATA.facts.config)?.[1] ?? .7);
 const bands = () => Object.entries(DATA.curves.spans).map(([name, [from, to]]) => ({ from, to, name, color: kindColor(DATA.phases.find((phase) => phase.name === name)?.kind) }));
 
 const CURVES = [
@@ -203,6 +210,11 @@ function corpus() {
 function details() {
   const into = body("details");
   if (DATA.decisions.length) into.append(scrollTable(["phase", "step", "decision", "reason"], DATA.decisions.map((one) => [one.phase, one.step, one.kind, one.reason]), "Decisions"));
-  if (DATA.facts.quarantine.length) into.append(node("h3", { style: "margin-top:18px" }, "Media set aside"), scrollTable(["file", "reason"], DATA.facts.quarantine.map((one) => [one.path, one.reason]), "Media set aside"));
+  const { quarantine, quarantined } = DATA.facts;
+  if (quarantined) {
+    into.append(node("h3", { style: "margin-top:18px" }, `Media set aside (${whole(quarantined)})`));
+    if (quarantine.length < quarantined) into.append(node("p", { cls: "note" }, `The first ${whole(quarantine.length)} by path; the ledger has all.`));
+    into.append(scrollTable(["file", "reason"], quarantine.map((one) => [one.path, one.reason]), "Media set aside"));
+  }
   if (DATA.facts.config) into.append(node("details", { cls: "card", style: "margin-top:14px" }, node("summary", {}, "Resolved configuration"), node("pre", { tabindex: "0", "aria-label": "Resolved configuration", role: "region" }, DATA.facts.config)));
 }
