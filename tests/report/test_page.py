@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -163,3 +164,51 @@ def test_many_bars_stay_drawable(tmp_path: Path, node_modules: Path) -> None:
         "Math.min(...[...document.querySelectorAll('#progress figure rect')].map((one) => one.width.baseVal.value))"
     )
     assert walk(write(tmp_path, limits=Limits(frame_samples=0)), node_modules, [("run", smallest)]) == [1]
+
+
+def evaluated_run(folder: Path, shares: list[tuple[str, int, float]], done: str) -> Path:
+    """A buffer and an RL phase, evaluated on four samples: (phase, step, share that is right)."""
+    names = [f"eval {k}" for k in range(4)]
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        ledger.add_samples([Sample(name, "exact", (Turn("user", "?"),)) for name in names], "eval")
+        ledger.plan([PhasePlan("1-1 buffer", 1, "buffer"), PhasePlan("1-1 RL", 1, "rl")])
+        for phase in ("1-1 buffer", "1-1 RL"):
+            ledger.start_phase(phase, 0)
+            if phase in done:
+                ledger.finish_phase(phase, 30)
+        for phase, step, share in shares:
+            answers = [Rollout(name, 0, (1,), (-0.1,), "!", "stop", ((1, 0, 1),)) for name in names]
+            scored = [ScoredRollout(one, 1.0, {"task": 1.0}, k < 4 * share, None) for k, one in enumerate(answers)]
+            ledger.record_evaluation(phase, step, "eval", {}, scored)
+            ledger.record_evaluation(phase, step, "eval-general", {}, scored)
+    rows = [{"step": step, "eval/success": share, "eval/success/exact": share, "eval/general": share}
+            for _, step, share in shares]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shares", "done", "title", "order"),
+    [
+        ([("1-1 buffer", 0, 0.25), ("1-1 RL", 10, 0.75), ("1-1 RL", 20, 0.5)], "1-1 buffer",
+         "went from 25.0% to 50.0%", "at the start, during 1-1 RL, step 20."),
+        ([("1-1 RL", 10, 0.0), ("1-1 RL", 20, 0.25), ("1-1 RL", 30, 1.0)], "1-1 buffer, 1-1 RL",
+         "went from 0.0% to 100.0%", "during 1-1 RL, step 10, after 1-1 RL."),
+    ],
+)  # fmt: skip
+def test_evaluations_within_a_phase(
+    shares: list[tuple[str, int, float]], done: str, title: str, order: str, tmp_path: Path, node_modules: Path
+) -> None:
+    """One of a phase that goes on is no "after" it; the first of all is what the last is compared with."""
+    headline, note, held_out, general, points, forgetting = walk(
+        write(evaluated_run(tmp_path, shares, done), limits=Limits(frame_samples=0)),
+        node_modules,
+        [("text", "h1"), ("text", "#progress figure .note"), ("table", "Held-out success"), ("table", "General set"),
+         ("run", "document.querySelectorAll('#curves figure circle').length"),
+         ("text", "#progress .grid figure .note")],
+    )  # fmt: skip
+    assert title in headline and note.endswith(order)
+    assert held_out[0] == ["step", "all", "exact"] and len(held_out) == 1 + len(shares)
+    assert general == [["step", "all"], *([str(step), f"{share:g}"] for _, step, share in shares)]
+    assert points == 3 * len(shares)
+    assert forgetting.startswith("+25.0 points" if "25.0%" in title else "+100.0 points")

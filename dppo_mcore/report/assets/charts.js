@@ -27,8 +27,9 @@ function linePath(points, x, y, bands) {
   return points.map(([a, b], k) => `${k && phase(a) === phase(points[k - 1][0]) ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");
 }
 
-// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, value, name}]
-function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], format = compact, xLabel = "step", xName = xLabel, size = [WIDE, 230] }) {
+// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, value, name}];
+// dots: each point was measured by itself, and lines between them go through phases
+function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], dots = false, format = compact, xLabel = "step", xName = xLabel, size = [WIDE, 230] }) {
   const [width, height] = size;
   const svg = canvas(width, height);
   const shown = series.filter((one) => one.points.length);
@@ -50,9 +51,10 @@ function lineChart({ title, note, series, floor, ceiling, threshold, bands = [],
     svg.append(shape("text", { x: MARGIN.left + 8, y: y(threshold.at) - 6, style: "fill:var(--bad)" }, threshold.name));
   }
   for (const one of shown) {
-    if (one.points.length === 1) svg.append(shape("circle", { cls: "mark", cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 4, style: `fill:${one.color}` }));
-    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y, bands), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
+    if (one.points.length === 1 && !dots) svg.append(shape("circle", { cls: "mark", cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 4, style: `fill:${one.color}` }));
+    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y, dots ? [] : bands), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
   }
+  if (dots) for (const one of shown) for (const [a, b] of one.points) svg.append(shape("circle", { cls: "mark", cx: x(a), cy: y(b), r: one.faint ? 2.5 : 4, style: `fill:${one.color}` }));
   for (const moment of moments) {
     const at = x(Math.min(x1, Math.max(x0, moment.at)));
     const left = at > MARGIN.left + 8 * moment.name.length;

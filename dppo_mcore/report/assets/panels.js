@@ -3,19 +3,22 @@ const body = (name) => document.querySelector(`#${name} .body`);
 const lead = (text) => node("p", { cls: "lead" }, text);
 const held = DATA.evaluations.filter((entry) => !isGeneral(entry.name));
 const general = DATA.evaluations.filter((entry) => isGeneral(entry.name));
-const stages = (list) => { // the last evaluation of each phase, and the one before any training
-  const last = new Map();
-  list.forEach((entry, k) => {
-    const phase = k === 0 && entry.step === 0 ? "start" : entry.phase;
-    last.set(phase, { ...entry, phase });
+// The first evaluation and each phase's last, with a short name and when it was.
+function stages(list) {
+  const last = new Map(list.map((entry) => [entry.phase, entry]));
+  const over = new Set(DATA.phases.filter(({ state }) => state === "done").map(({ name }) => name));
+  return list.filter((entry, k) => k === 0 || last.get(entry.phase) === entry).map((entry, k) => {
+    const { phase, step } = entry;
+    if (k === 0 && step === 0) return { ...entry, phase: "start", when: "at the start" };
+    if (over.has(phase) && last.get(phase) === entry) return { ...entry, when: `after ${phase}` };
+    return { ...entry, phase: `${phase}, step ${step}`, when: `during ${phase}, step ${step}` };
   });
-  return [...last.values()];
-};
+}
 const change = (from, to) => `${to >= from ? "+" : "−"}${(100 * Math.abs(to - from)).toFixed(1)} points`;
 
 function summary() {
   const { facts } = DATA;
-  const [first, last] = [stages(held)[0], held[held.length - 1]];
+  const [first, last] = [held[0], held[held.length - 1]];
   const title = !first ? "No evaluation yet" : held.length === 1 ? `Held-out success stands at ${percent(first.all.p, 1)}`
     : `Held-out success went from ${percent(first.all.p, 1)} to ${percent(last.all.p, 1)}`;
   document.getElementById("h-summary").textContent = title;
@@ -26,7 +29,7 @@ function summary() {
     add("Held-out success", percent(last.all.p, 1), `95%: ${percent(last.all.low, 1)} to ${percent(last.all.high, 1)}`);
     add("Change", change(first.all.p, last.all.p).replace(" points", ""), held.length < 2 ? "points; one evaluation so far" : `points; the intervals ${sure ? "are apart" : "overlap"}`, last.all.p >= first.all.p ? "up" : "down");
   }
-  if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(stages(general)[0].all.p, general[general.length - 1].all.p)} since the start`);
+  if (general.length) add("General set", percent(general[general.length - 1].all.p, 1), `${change(general[0].all.p, general[general.length - 1].all.p)} since the start`);
   add("Rollouts", compact(facts.rollouts), `${compact(facts.tokens)} tokens`);
   const done = DATA.phases.filter((phase) => phase.state === "done").length;
   add("Phases done", `${done} of ${DATA.phases.length}`, DATA.phases.find((phase) => phase.state === "running")?.name);
@@ -73,9 +76,9 @@ function timeline() {
 function progress() {
   const into = body("progress");
   if (!held.length) { into.append(lead("No evaluation was recorded yet.")); return; }
-  into.append(lead("Greedy answers on held-out questions after each phase, with 95% Wilson intervals."));
+  into.append(lead("Greedy answers on held-out questions after each phase, with 95% Wilson intervals. A phase that isn't done shows its newest evaluation; all within phases are among the training curves."));
   const points = stages(held);
-  const order = points.map((entry) => (entry.phase === "start" ? "at the start" : `after ${entry.phase}`)).join(", ");
+  const order = points.map((entry) => entry.when).join(", ");
   const shades = (k) => .35 + .65 * (points.length < 2 ? 1 : k / (points.length - 1));
   const names = Object.keys(points[points.length - 1].objective).sort();
   const bars = (name, pick, fill) => points.filter((entry) => pick(entry)).map((entry, k) => {
@@ -163,12 +166,24 @@ const CURVES = [
   ["Learning rate", "of the step", ["train/lr"]], ["Cut off answers", "share of answers", ["rl/truncated"]], ["Throughput", "tokens per second", ["train/tokens_per_s"]],
 ];
 
+// Every evaluation, those within phases too.
+function evaluationCurves() {
+  const { series } = DATA.curves;
+  const chart = (title, note, whole, color) => {
+    const parts = Object.keys(series).filter((name) => name.startsWith(`${whole}/`)).map((name) => ({ name: name.slice(whole.length + 1), color: colorOf(name.slice(whole.length + 1)), points: series[name], faint: true }));
+    return series[whole] ? [lineChart({ title, note, series: [{ name: "all", color, points: series[whole] }, ...parts], bands: bands(), dots: true, size: [350, 210], floor: 0, ceiling: 1, format: percent })] : [];
+  };
+  return [...chart("Held-out success", "share of the held-out samples, at each evaluation", "eval/success", "var(--ink)"),
+    ...chart("General set", "share of the held-out general samples, at each evaluation", "eval/general", "var(--c8)")];
+}
+
 function curves() {
   const grid = node("div", { cls: "grid three" });
   for (const [title, note, names] of CURVES) {
     const series = names.filter((name) => DATA.curves.series[name]?.length).map((name, k) => ({ name: name.split("/")[1].replaceAll("_", " "), color: color(k), points: DATA.curves.series[name] }));
     if (series.length) grid.append(lineChart({ title, note, series, bands: bands(), size: [350, 210], floor: title === "Groups" || title === "Reward" ? 0 : undefined }));
   }
+  grid.append(...evaluationCurves());
   body("curves").append(grid.children.length ? grid : lead("metrics.jsonl has no curves yet."));
 }
 
