@@ -35,7 +35,7 @@ def newest_trace(run: Run, logged: float = 0.0) -> float:
     latest = ["SELECT written_at FROM rollouts ORDER BY key DESC LIMIT 1"]
     latest += [f"SELECT max(written_at) FROM {table}" for table in ("teacher_answers", "evaluations", "decisions")]
     found = (row[0] for query in latest for row in run.rows(query))
-    return max([logged, *(time for time in found if time is not None)])
+    return float(max([logged, *(time for time in found if time is not None)]))
 
 
 def phases(run: Run, logged: float = 0.0) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Reading a run folder: the ledger, read-only and while it is written, and the metrics file.
 
-Only the ledger's documented tables are used, so a report can be made on any machine that has Python and PyAV.
+Only the ledger's documented tables are used, so a report can be made on any machine that has Python, PyYAML and, for
+pictures, PyAV, Pillow and NumPy: torch isn't needed.
 """
 
 from __future__ import annotations
