@@ -35,8 +35,8 @@ Seen = dict[tuple[Any, ...], list[tuple[float, str]]]
 
 
 def choose(run: Run, blocks: SampleBlocks, most: int) -> list[int]:
-    """Places of the samples that get pictures: taught and unsolved ones first, the rest spread evenly."""
-    places = range(len(blocks.keys))
+    """Places of the samples that get pictures, of those with details: taught ones first, the rest spread evenly."""
+    places = [place for place, number in enumerate(blocks.index["block"]) if number >= 0]
     with_media = {key for (key,) in run.rows("SELECT key FROM samples WHERE media != '[]'")}
     usable = [place for place in places if blocks.keys[place] in with_media]
     taught = [place for place in usable if blocks.index["teacher"][place]][: most // 2]

@@ -14,12 +14,15 @@ from typing import Any
 from dppo_mcore.report.blocks import Limits, sample_blocks
 from dppo_mcore.report.frames import Seen, frames_of
 from dppo_mcore.report.overview import overview
-from dppo_mcore.report.packing import as_json, pack
+from dppo_mcore.report.packing import Packer, as_json, pack
 from dppo_mcore.report.read import ReportError, reading
 
 SCRIPTS = ("svg.js", "charts.js", "tables.js", "panels.js", "store.js", "browser.js", "main.js")
 STYLES = ("base.css", "browser.css")
-FRAMES_PER_BLOCK = 50
+SPARE = 2000
+"""Bytes for what the page says about the blocks, and"""
+PICTURED = 16
+"""for where a sample's pictures are."""
 
 
 def _asset(name: str) -> str:
@@ -48,23 +51,34 @@ def _block(name: str, content: str) -> str:
 def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: Seen | None = None) -> str:  # noqa: B008
     """The page of a run as text; `seen` keeps pictures from one page to the next."""
     with reading(folder) as run:
-        data = overview(run)
-        samples = sample_blocks(run, limits)
+        data = overview(run) | {"live": live}
+        room = limits.megabytes * 1e6 - len(_page(data, "").encode("utf-8")) - SPARE
+        samples = sample_blocks(run, limits, room)
         pictures, note = frames_of(run, samples, limits, seen)
-    places = sorted(pictures)
-    groups = [places[k : k + FRAMES_PER_BLOCK] for k in range(0, len(places), FRAMES_PER_BLOCK)]
+    blocks = [_block("samples-index", pack(samples.index))]
+    blocks += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
+    strips = Packer(room - sum(map(len, blocks)) - PICTURED * len(pictures))
+    for place, found in pictures.items():
+        strips.add(place, found)
+    strips.flush()
+    blocks += [_block(f"pictures-{number}", block) for number, block in enumerate(strips.blocks)]
+    if len(strips.number) < len(pictures):
+        missing = f"{len(pictures) - len(strips.number)} of {len(pictures)} samples"
+        note = "; ".join(filter(None, (note, f"without pictures for --max-megabytes: {missing}")))
     data["browser"] = {
         "rolloutsShown": samples.rollouts_shown,
         "rolloutsTotal": samples.rollouts_total,
-        "blocks": len(samples.blocks),
-        "pictures": {place: number for number, group in enumerate(groups) for place in group},
+        "rolloutsOlder": samples.rollouts_older,
+        "bare": samples.bare,
+        "mostRollouts": limits.rollouts,
+        "megabytes": limits.megabytes,
+        "pictures": strips.number,
         "note": note,
     }
-    data["live"] = live
-    parts = [_block("samples-index", pack(samples.index))]
-    parts += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
-    parts += [_block(f"pictures-{number}", pack({place: pictures[place] for place in group}))
-              for number, group in enumerate(groups)]  # fmt: skip
+    return _page(data, "".join(blocks))
+
+
+def _page(data: dict[str, Any], blocks: str) -> str:
     code = "\n".join(_asset(name) for name in SCRIPTS)
     script = f'\n"use strict";\n(() => {{\nconst DATA = {_inline(data)};\n{code}\n}})();\n'
     return _filled(
@@ -74,7 +88,7 @@ def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: See
             "styles": "\n".join(_asset(name) for name in STYLES),
             "script": script,
             "digest": _digest(script),
-            "blocks": "".join(parts),
+            "blocks": blocks,
         },
     )
 

@@ -212,3 +212,50 @@ def test_evaluations_within_a_phase(
     assert general == [["step", "all"], *([str(step), f"{share:g}"] for _, step, share in shares)]
     assert points == 3 * len(shares)
     assert forgetting.startswith("+25.0 points" if "25.0%" in title else "+100.0 points")
+
+
+def searched_run(folder: Path) -> Path:
+    """Samples with long questions that differ at their end, some right and some wrong."""
+    names = [f"sample-{k}" for k in range(30)]
+    with Ledger(folder / "ledger.sqlite") as ledger:
+        filler = "the cup stands on the left of the tray " * 20
+        samples = [Sample(name, "exact", (Turn("user", f"{filler} and where is {name[::-1]} ?"),)) for name in names]
+        ledger.add_samples(samples, "rl")
+        ledger.plan([PhasePlan("1-1 RL", 1, "rl"), PhasePlan("2-1 RL", 2, "rl")])
+        for phase in ("1-1 RL", "2-1 RL"):
+            answers = [Rollout(name, 0, (1,), (-0.1,), "!", "stop", ((1, 0, 1),)) for name in names]
+            scored = [ScoredRollout(one, 1.0, {"task": 1.0}, k % 3 > 0, None) for k, one in enumerate(answers)]
+            ledger.record_rollouts(phase, 0, scored)
+    return folder
+
+
+def test_filters_search_whole_questions_and_take_empty_bounds_for_none(tmp_path: Path, node_modules: Path) -> None:
+    found = ("text", "#samples [role=status]")
+    steps = [
+        ("fill", "[name=text]", "where is 71-elpmas"), found, ("texts", ".list .question"), ("fill", "[name=text]", ""),
+        ("fill", "[name=high]", "50"), found, ("fill", "[name=high]", ""), found,
+        ("fill", "[name=low]", "50"), found, ("fill", "[name=low]", ""), found,
+    ]  # fmt: skip
+    report = write(searched_run(tmp_path), limits=Limits(frame_samples=0))
+    late, questions, wrong, everyone, right, again = walk(report, node_modules, steps)
+    assert late.startswith("1 found") and len(questions[0]) == 110
+    assert wrong.startswith("10 found") and everyone.startswith("30 found")
+    assert right.startswith("20 found") and again.startswith("30 found")
+
+
+def test_what_is_left_out_is_told_by_its_reason(tmp_path: Path, node_modules: Path) -> None:
+    folder = searched_run(tmp_path)
+    open_first = [("click", "#samples .list button"), ("wait", ".detail .tags")]
+    looked_at = [("text", "#samples .lead"), *open_first, ("texts", ".detail .note")]
+    lead, notes = walk(write(folder, limits=Limits(rollouts=30, frame_samples=0)), node_modules, looked_at)
+    assert "30 of 60 rollouts in this file. 30 are left out as older than the newest 30 (--max-rollouts)." in lead
+    assert "--max-megabytes" not in lead and lead.endswith("The ledger has all.")
+    assert notes == ["In the ledger only, as older than the newest 30 (--max-rollouts): 1 of its rollouts."]
+    lead, notes = walk(write(folder, limits=Limits(megabytes=0.01, frame_samples=0)), node_modules, looked_at)
+    assert (
+        "The details of 30 samples, 60 rollouts among them, are left out: the file would be larger than 0.01 MB" in lead
+    )
+    assert "--max-rollouts" not in lead and len(notes) == 1
+    assert notes[0].startswith(
+        "The details of this sample are in the ledger only: the file would be larger than 0.01 MB"
+    )
