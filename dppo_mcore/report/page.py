@@ -48,10 +48,14 @@ def _block(name: str, content: str) -> str:
     return f'<script type="text/plain" id="{name}">{content}</script>\n'
 
 
-def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: Seen | None = None) -> str:  # noqa: B008
-    """The page of a run as text; `seen` keeps pictures from one page to the next."""
+def build(folder: Path, limits: Limits = Limits(), version: str = "", seen: Seen | None = None) -> str:  # noqa: B008
+    """The page of a run as text; `seen` keeps pictures from one page to the next.
+
+    With a `version`, the run's state from before it is read, the page follows the run: it is loaded anew once the
+    server names another. What is written while the page is made is then newer than the page, never missed.
+    """
     with reading(folder) as run:
-        data = overview(run) | {"live": live}
+        data = overview(run) | {"live": bool(version), "version": version}
         room = limits.megabytes * 1e6 - len(_page(data, "").encode("utf-8")) - SPARE
         samples = sample_blocks(run, limits, room)
         pictures, note = frames_of(run, samples, limits, seen)

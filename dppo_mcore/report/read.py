@@ -10,7 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,9 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def state_token(folder: Path) -> str:
-    """Changes whenever the run has written something."""
-    names = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.copy.sqlite", "metrics.jsonl")
-    stats = [(folder / name).stat() for name in names if (folder / name).exists()]
-    return "-".join(f"{stat.st_size:x}.{stat.st_mtime_ns:x}" for stat in stats)
+    """Changes whenever the run has written something, and only then: readers leave an empty log beside the ledger."""
+    stats = []
+    for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.copy.sqlite", "metrics.jsonl"):
+        with suppress(FileNotFoundError):
+            stats.append((folder / name).stat())
+    return "-".join(f"{stat.st_size:x}.{stat.st_mtime_ns:x}" for stat in stats if stat.st_size)

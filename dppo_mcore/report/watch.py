@@ -42,7 +42,7 @@ class LiveReport:
             token = self.token()
             if token != self._token:
                 began = time.monotonic()
-                self._page = build(self.folder, self.limits, live=True, seen=self._seen).encode("utf-8")
+                self._page = build(self.folder, self.limits, token, self._seen).encode("utf-8")
                 now = time.monotonic()
                 self._token, self._rest_until = token, now + max(REBUILD_SECONDS, (now - began) / SHARE_OF_TIME)
             return self._page

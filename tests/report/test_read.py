@@ -16,7 +16,7 @@ from dppo_mcore.practice.ledger import Ledger, PhasePlan
 from dppo_mcore.report.__main__ import main
 from dppo_mcore.report.blocks import Limits
 from dppo_mcore.report.page import build
-from dppo_mcore.report.read import ReportError, open_run
+from dppo_mcore.report.read import ReportError, open_run, state_token
 
 NOBODY = 65534
 
@@ -109,3 +109,15 @@ def test_damage_that_shows_only_while_reading_is_one_clear_line(
         build(tmp_path, Limits(frame_samples=0))
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_reading_a_run_is_no_news_of_it(tmp_path: Path) -> None:
+    with plan_only(tmp_path) as ledger:
+        ledger.decide("1-1 RL", 1, "stagnation", {}, "")
+    before = state_token(tmp_path)
+    open_run(tmp_path).close()
+    assert (tmp_path / "ledger.sqlite-wal").exists() and state_token(tmp_path) == before
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.decide("1-1 RL", 2, "stagnation", {}, "")
+        assert state_token(tmp_path) != before
+    assert state_token(tmp_path) != before

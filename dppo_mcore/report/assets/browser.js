@@ -69,15 +69,19 @@ async function browse() {
     remember();
   }
 
-  // While a run is followed the page is loaded anew: filters, page and chosen sample stay.
+  // While a run is followed the page is loaded anew: filters, page, chosen sample and the list's focus stay.
+  let touched = "";
+  list.addEventListener("focusin", (event) => { touched = index.id[event.target.closest("button").dataset.place]; });
+  addEventListener("pagehide", remember);
+  const focused = () => (list.contains(document.activeElement) || document.activeElement?.id === "newer" ? touched : "");
   const fields = () => [...form.querySelectorAll("input, select")];
   function remember() {
     if (!DATA.live) return;
     const filters = fields().map((field) => (field.selectedOptions ? field.selectedOptions[0].text : field.value));
-    stored("report-browser", JSON.stringify({ filters, page: state.page, id: index.id[state.current] ?? "" }), "sessionStorage");
+    stored("report-browser", JSON.stringify({ filters, page: state.page, id: index.id[state.current] ?? "", focus: focused() }), "sessionStorage");
   }
 
-  async function recall({ filters, page, id }) {
+  async function recall({ filters, page, id, focus }) {
     fields().forEach((field, k) => {
       if (field.options) field.selectedIndex = Math.max(0, [...field.options].findIndex((option) => option.text === filters[k]));
       else field.value = filters[k];
@@ -86,6 +90,7 @@ async function browse() {
     state.page = Math.min(page, Math.max(0, Math.ceil(state.found.length / PAGE) - 1));
     draw();
     if (index.id.includes(id)) await open(index.id.indexOf(id));
+    if (focus) list.querySelector(`[data-place="${index.id.indexOf(focus)}"]`)?.focus({ preventScroll: true });
   }
 
   function entry(k) {

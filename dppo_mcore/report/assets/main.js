@@ -19,20 +19,22 @@ addEventListener("DOMContentLoaded", () => browse().catch((error) => body("sampl
   document.documentElement.dataset.ready = "yes";
 }));
 
-if (DATA.live) {
-  const live = document.getElementById("live");
+// The page is of one state of the run. Once there is a newer one it is loaded anew, but not from under someone's hands.
+function follow() {
+  const live = document.getElementById("live"), newer = document.getElementById("newer");
+  const say = (text) => { if (live.textContent !== text) live.textContent = text; };
+  const used = () => document.activeElement?.closest("input, select, details, #samples") || document.querySelector("details[open]");
+  addEventListener("pagehide", () => stored("report-scroll", scrollY, "sessionStorage"));
+  newer.addEventListener("click", () => location.reload());
   live.hidden = false;
-  live.textContent = "live";
-  let known = null;
+  say("live");
   setInterval(async () => {
     try {
-      const version = await (await fetch("/version")).text();
-      if (known !== null && version !== known && !document.querySelector("input:focus, select:focus")) {
-        stored("report-scroll", scrollY, "sessionStorage");
-        location.reload();
-      }
-      known = version;
-      live.textContent = "live";
-    } catch { live.textContent = "the server has gone"; }
+      const changed = await (await fetch("/version")).text() !== DATA.version;
+      newer.hidden = !changed;
+      say(changed ? "newer data" : "live");
+      if (changed && !used()) location.reload();
+    } catch { say("the server has gone"); }
   }, 3000);
 }
+if (DATA.live) follow();
