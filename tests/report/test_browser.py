@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.report import watch
 from dppo_mcore.report.blocks import Limits
-from dppo_mcore.report.page import write
+from dppo_mcore.report.page import build, write
 from dppo_mcore.report.watch import REBUILD_SECONDS, make_server
 from tests.report.driver import HERE, ROOT, TOOLS, chromium
 from tests.report.synthetic import make_run
@@ -78,7 +79,16 @@ def test_the_report_of_a_demo_run(node_modules: Path) -> None:
     assert "inconsistent on purpose" in result["lead"]
 
 
-def test_a_followed_run_keeps_the_readers_place(tmp_path: Path, node_modules: Path) -> None:
+def test_a_followed_run_keeps_the_readers_place(
+    tmp_path: Path, node_modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_build(*arguments: Any) -> str:
+        """A large run's page takes longer than a reader waits between two looks."""
+        time.sleep(4)
+        return build(*arguments)
+
+    monkeypatch.setattr(watch, "build", slow_build)
+    monkeypatch.setattr(watch, "SHARE_OF_TIME", 10)
     run = make_run(tmp_path / "a-run-with-a-name-of-its-own-that-is-long", rollouts=4000, clips=4)
     server = make_server(run, 0, Limits(frame_samples=4))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -103,7 +113,7 @@ def test_a_followed_run_keeps_the_readers_place(tmp_path: Path, node_modules: Pa
     finally:
         server.shutdown()
         server.server_close()
-    assert result["errors"] == [] and written == 2
+    assert result["errors"] == [] and written == 2 and result["loads"] == 3
     assert result["held"] == {"list": True, "detail": True, "details": True}
     assert result["said"] == ["newer data"] and result["overflow"] <= 0
     assert result["after"] == result["before"] and "page 2" in result["before"]["found"]

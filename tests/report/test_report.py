@@ -251,3 +251,30 @@ def test_what_is_written_while_a_page_is_made_is_newer_than_it(tmp_path: Path, m
     monkeypatch.setattr(page_module, "overview", overtaken)
     made = LiveReport(folder, Limits(frame_samples=0)).page().decode()
     assert f'"version":"{before}"' in made and state_token(folder) != before
+
+
+def test_a_followed_page_waits_for_the_next_to_be_made(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    server = make_server(folder, 0, Limits(frame_samples=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        assert urllib.request.urlopen(f"{address}/made", timeout=30).read() == b""
+        (folder / "ledger.sqlite").write_bytes(b"no ledger " * 1000)
+        assert len(urllib.request.urlopen(f"{address}/", timeout=30).read()) > 10_000
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_followed_run_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_bytes(b"no ledger " * 1000)
+    server = make_server(tmp_path, 0, Limits(frame_samples=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="503") as raised:
+            urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}/", timeout=30)
+        assert "it is damaged, or no ledger" in raised.value.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -10,6 +10,8 @@ const browser = await driver.launch({ executablePath: chromium, args: ["--no-san
 const page = await browser.newPage({ viewport: { width: 1280, height: 900 } });
 const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
 const errors = [];
+let loads = 0;
+page.on("request", (request) => { if (request.url() === address) loads += 1; });
 page.on("console", (message) => { if (["error", "warning"].includes(message.type())) errors.push(message.text()); });
 page.on("pageerror", (error) => errors.push(String(error)));
 page.setDefaultTimeout(60000);
@@ -72,6 +74,7 @@ await reloaded();
 result.focusAfter = await page.evaluate(() => document.activeElement.dataset.place ?? null);
 result.live = await page.textContent("#live");
 result.newer = await page.locator("#newer").isVisible();
+result.loads = loads;
 console.log(JSON.stringify(result));
 await browser.close();
 process.exit(0);

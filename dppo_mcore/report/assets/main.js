@@ -24,17 +24,29 @@ function follow() {
   const live = document.getElementById("live"), newer = document.getElementById("newer");
   const say = (text) => { if (live.textContent !== text) live.textContent = text; };
   const used = () => document.activeElement?.closest("input, select, details, #samples") || document.querySelector("details[open]");
-  addEventListener("pagehide", () => stored("report-scroll", scrollY, "sessionStorage"));
-  newer.addEventListener("click", () => location.reload());
-  live.hidden = false;
-  say("live");
-  setInterval(async () => {
+  const ask = async (path) => {
+    const answer = await fetch(path);
+    if (!answer.ok) throw new Error(answer.statusText);
+    return answer.text();
+  };
+  let leaving = false;
+  const leave = () => { leaving = true; location.reload(); };
+  const look = async () => {
     try {
-      const changed = await (await fetch("/version")).text() !== DATA.version;
+      const changed = await ask("/version") !== DATA.version;
       newer.hidden = !changed;
       say(changed ? "newer data" : "live");
-      if (changed && !used()) location.reload();
+      if (changed && !used()) {
+        await ask("/made"); // takes its time, in which someone may have begun to use this page
+        if (!used() && !leaving) leave();
+      }
     } catch { say("the server has gone"); }
-  }, 3000);
+    if (!leaving) setTimeout(look, 3000);
+  };
+  addEventListener("pagehide", () => stored("report-scroll", scrollY, "sessionStorage"));
+  newer.addEventListener("click", leave);
+  live.hidden = false;
+  say("live");
+  setTimeout(look, 3000);
 }
 if (DATA.live) follow();
