@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--watch", action="store_true", help="serve it on loopback and refresh while the run goes on")
     made.add_argument("--port", type=int, default=8642, help="port of --watch; 0 takes a free one")
     made.add_argument("--max-rollouts", type=int, default=bounds.rollouts, help="newest rollouts in the file")
-    made.add_argument("--max-megabytes", type=float, default=bounds.megabytes, help="bound on the file's size")
+    made.add_argument("--max-megabytes", type=float, default=bounds.megabytes, help="size of the whole file")
     made.add_argument("--frame-samples", type=int, default=bounds.frame_samples, help="samples with pictures")
     made.add_argument("--frame-seconds", type=float, default=bounds.frame_seconds, help="most time spent on pictures")
     return made

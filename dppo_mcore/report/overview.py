@@ -9,12 +9,15 @@ from typing import Any
 
 import yaml
 
-from dppo_mcore.report.read import Run, read_metrics
-from dppo_mcore.report.statistics import thin, wilson
+from dppo_mcore.report.curves import curves
+from dppo_mcore.report.read import Run
+from dppo_mcore.report.statistics import MOST_POINTS, thin, wilson
 
-MOST_POINTS = 400
-"""Points per curve; longer ones are averaged over runs of steps."""
 AS_OF_COPY = "The run keeps its ledger to itself: what follows is as of its last finished phase."
+AGGREGATES = ("mean", "all", "freeze")
+"""Of `stagnation_aggregate`, the default first."""
+MOST_QUARANTINED = 500
+"""Media set aside that are listed."""
 RATE_CLASSES = ("never", "up to 25%", "up to 50%", "up to 75%", "below 100%", "always")
 
 
@@ -27,13 +30,28 @@ def rate_class(successes: int, trials: int) -> int:
     return min(4, 1 + int(4 * successes / trials - 1e-9))
 
 
-def phases(run: Run) -> list[dict[str, Any]]:
-    """The schedule with what each phase did and why it ended."""
+def newest_trace(run: Run, logged: float = 0.0) -> float:
+    """When the run last wrote something that bears a time: to the ledger, or as figures (`logged`)."""
+    latest = ["SELECT written_at FROM rollouts ORDER BY key DESC LIMIT 1"]
+    latest += [f"SELECT max(written_at) FROM {table}" for table in ("teacher_answers", "evaluations", "decisions")]
+    found = (row[0] for query in latest for row in run.rows(query))
+    return float(max([logged, *(time for time in found if time is not None)]))
+
+
+def phases(run: Run, logged: float = 0.0) -> list[dict[str, Any]]:
+    """The schedule with what each phase did and why it ended.
+
+    `until` is a phase's end; of one that isn't done the last sign of life, as the run may have been killed since.
+    """
+    sign = newest_trace(run, logged)
     rollouts = dict(run.rows("SELECT phase, sum(trials) FROM success GROUP BY phase"))
     names = "key, name, loop, kind, horizon, state, start_step, end_step, reason, started_at, ended_at"
     keys = [name.strip() for name in names.split(",")]
     table = [dict(zip(keys, row, strict=True)) for row in run.rows(f"SELECT {names} FROM phases ORDER BY key")]
-    return [{**row, "rollouts": rollouts.get(row.pop("key"), 0)} for row in table]
+    for row in table:
+        row["rollouts"] = rollouts.get(row.pop("key"), 0)
+        row["until"] = row["started_at"] and (row["ended_at"] or max(row["started_at"], sign))
+    return table
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
@@ -68,11 +86,11 @@ def _share(successes: int, count: int) -> dict[str, Any]:
 
 
 def success_over_steps(run: Run) -> list[dict[str, Any]]:
-    """Per RL phase: the distribution of success rates by step, and mean success of each objective by step."""
+    """Per phase the distribution of success rates and the mean success of each objective, by its steps from 1."""
     found = []
     for key, name in run.phases.items():
         groups = run.rows(
-            "SELECT u.step, s.objective, u.trials, u.successes FROM success u JOIN samples s ON s.key = u.sample "
+            "SELECT u.step + 1, s.objective, u.trials, u.successes FROM success u JOIN samples s ON s.key = u.sample "
             "WHERE u.phase = ? ORDER BY u.step",
             key,
         )
@@ -108,39 +126,6 @@ def decisions(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-WORK = {"generation": "rollout/flops", "training": "train/flops"}
-
-
-def curves(run: Run) -> dict[str, Any]:
-    """Every metric as a thinned curve, seconds by stage and phase, and the span of steps of each phase."""
-    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    spans: dict[str, list[int]] = {}
-    flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for row in read_metrics(run.folder):
-        step, phase = row["step"], str(row.get("phase", ""))
-        if "time/step" in row:
-            span = spans.setdefault(phase, [step, step])
-            span[1] = max(span[1], step)
-        for name, value in row.items():
-            if "/" not in name or not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            series[name].append((step, value))
-            if name.startswith("time/"):
-                seconds[phase][name.removeprefix("time/")] += value
-        for stage, name in WORK.items():
-            flops[phase][stage] += row.get(name) or 0.0
-        if "time/logprobs" in row and "time/train" in row:
-            # The log-prob passes are part of the training time; each second is shown once.
-            seconds[phase]["train"] -= row["time/logprobs"] or 0.0
-    return {
-        "series": {name: thin(points, MOST_POINTS) for name, points in sorted(series.items())},
-        "seconds": {phase: dict(stages) for phase, stages in seconds.items()},
-        "flops": {phase: dict(stages) for phase, stages in flops.items() if any(stages.values())},
-        "spans": {phase: span for phase, span in spans.items() if phase},
-    }
-
-
 def corpus(run: Run) -> dict[str, Any]:
     """Composition of every SFT corpus, what the teacher did, and what became of each buffer."""
     items = run.rows(
@@ -161,44 +146,60 @@ def corpus(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _note(config: str) -> str:
-    """What the configuration has to say to readers; nothing if it isn't one."""
+def _sections(config: str) -> dict[str, dict[str, Any]]:
+    """The configuration by section; empty where it isn't one."""
     try:
         found = yaml.safe_load(config)
     except yaml.YAMLError:
-        return ""
-    section = found.get("run") if isinstance(found, dict) else None
-    return str(section.get("note") or "") if isinstance(section, dict) else ""
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: section for name, section in found.items() if isinstance(section, dict)}
 
 
-def facts(run: Run) -> dict[str, Any]:
+def _stagnation(practice: dict[str, Any]) -> dict[str, Any]:
+    """What ends an RL phase: the score, and whose it is."""
+    threshold, aggregate = practice.get("stagnation_threshold"), practice.get("stagnation_aggregate")
+    return {
+        "threshold": threshold if isinstance(threshold, int | float) and math.isfinite(threshold) else 0.7,
+        "aggregate": aggregate if aggregate in AGGREGATES else AGGREGATES[0],
+    }
+
+
+def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts for the header, and the resolved configuration."""
+    begun = [phase for phase in plan if phase["started_at"]]
     one = lambda query: run.rows(query)[0][0] or 0  # noqa: E731
     file = run.folder / "config.yaml"
     config = file.read_text() if file.exists() else ""
+    sections = _sections(config)
+    quarantine = run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT ?", MOST_QUARANTINED)
+    note = str(sections.get("run", {}).get("note") or "")
     return {
         "name": run.folder.resolve().name,
         "rollouts": one("SELECT sum(trials) FROM success"),
         "samples": one("SELECT count(*) FROM samples"),
         "tokens": one("SELECT sum(tokens) FROM rollouts"),
-        "started": one("SELECT min(started_at) FROM phases"),
-        "ended": one("SELECT max(coalesce(ended_at, started_at)) FROM phases"),
-        "quarantine": [{"path": path, "reason": reason}
-                       for path, reason in run.rows("SELECT path, reason FROM quarantine ORDER BY path LIMIT 500")],
+        "started": min((phase["started_at"] for phase in begun), default=0),
+        "ended": max((phase["until"] for phase in begun), default=0),
+        "quarantine": [{"path": path, "reason": reason} for path, reason in quarantine],
+        "quarantined": one("SELECT count(*) FROM quarantine"),
         "config": config,
-        "note": " ".join(filter(None, (_note(config), AS_OF_COPY if run.as_of_copy else ""))),
-    }  # fmt: skip
+        "stagnation": _stagnation(sections.get("practice", {})),
+        "note": " ".join(filter(None, (note, AS_OF_COPY if run.as_of_copy else ""))),
+    }
 
 
 def overview(run: Run) -> dict[str, Any]:
     """All of it."""
+    drawn = curves(run)
+    plan = phases(run, drawn.pop("written"))
     return {
-        "facts": facts(run),
-        "phases": phases(run),
+        "facts": facts(run, plan),
+        "phases": plan,
         "evaluations": evaluations(run),
         "success": success_over_steps(run),
         "rateClasses": RATE_CLASSES,
         "decisions": decisions(run),
-        "curves": curves(run),
+        "curves": drawn,
         "corpus": corpus(run),
     }

@@ -5,22 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import os
 import re
-import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dppo_mcore.report.blocks import Limits, pack, sample_blocks
+from dppo_mcore.report.blocks import Limits, sample_blocks
 from dppo_mcore.report.frames import Seen, frames_of
 from dppo_mcore.report.overview import overview
-from dppo_mcore.report.read import open_run
+from dppo_mcore.report.packing import Packer, as_json, pack
+from dppo_mcore.report.read import ReportError, reading
 
 SCRIPTS = ("svg.js", "charts.js", "tables.js", "panels.js", "store.js", "browser.js", "main.js")
 STYLES = ("base.css", "browser.css")
-FRAMES_PER_BLOCK = 50
+SPARE = 2000
+"""Bytes for what the page says about the blocks, and"""
+PICTURED = 16
+"""for where a sample's pictures are."""
 
 
 def _asset(name: str) -> str:
@@ -29,7 +31,7 @@ def _asset(name: str) -> str:
 
 def _inline(value: Any) -> str:
     """JSON that can stand inside a script element: ASCII only, and no tag can begin in it."""
-    return json.dumps(value).replace("<", "\\u003c")
+    return as_json(value, ensure_ascii=True).replace("<", "\\u003c")
 
 
 def _filled(template: str, contents: dict[str, str]) -> str:
@@ -46,30 +48,41 @@ def _block(name: str, content: str) -> str:
     return f'<script type="text/plain" id="{name}">{content}</script>\n'
 
 
-def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: Seen | None = None) -> str:  # noqa: B008
-    """The page of a run as text; `seen` keeps pictures from one page to the next."""
-    run = open_run(folder)
-    try:
-        data = overview(run)
-        samples = sample_blocks(run, limits)
+def build(folder: Path, limits: Limits = Limits(), version: str = "", seen: Seen | None = None) -> str:  # noqa: B008
+    """The page of a run as text; `seen` keeps pictures from one page to the next.
+
+    With a `version`, the run's state from before it is read, the page follows the run: it is loaded anew once the
+    server names another. What is written while the page is made is then newer than the page, never missed.
+    """
+    with reading(folder) as run:
+        data = overview(run) | {"live": bool(version), "version": version}
+        room = limits.megabytes * 1e6 - len(_page(data, "").encode("utf-8")) - SPARE
+        samples = sample_blocks(run, limits, room)
         pictures, note = frames_of(run, samples, limits, seen)
-    finally:
-        run.close()
-    places = sorted(pictures)
-    groups = [places[k : k + FRAMES_PER_BLOCK] for k in range(0, len(places), FRAMES_PER_BLOCK)]
+    blocks = [_block("samples-index", pack(samples.index))]
+    blocks += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
+    strips = Packer(room - sum(map(len, blocks)) - PICTURED * len(pictures))
+    for place, found in pictures.items():
+        strips.add(place, found)
+    strips.flush()
+    blocks += [_block(f"pictures-{number}", block) for number, block in enumerate(strips.blocks)]
+    if len(strips.number) < len(pictures):
+        missing = f"{len(pictures) - len(strips.number)} of {len(pictures)} samples"
+        note = "; ".join(filter(None, (note, f"without pictures for --max-megabytes: {missing}")))
     data["browser"] = {
         "rolloutsShown": samples.rollouts_shown,
         "rolloutsTotal": samples.rollouts_total,
-        "blocks": len(samples.blocks),
-        "pictures": {place: number for number, group in enumerate(groups) for place in group},
+        "rolloutsOlder": samples.rollouts_older,
+        "bare": samples.bare,
+        "mostRollouts": limits.rollouts,
+        "megabytes": limits.megabytes,
+        "pictures": strips.number,
         "note": note,
     }
-    data["live"] = live
-    data["made"] = time.time()
-    parts = [_block("samples-index", pack(samples.index))]
-    parts += [_block(f"samples-{number}", block) for number, block in enumerate(samples.blocks)]
-    parts += [_block(f"pictures-{number}", pack({place: pictures[place] for place in group}))
-              for number, group in enumerate(groups)]  # fmt: skip
+    return _page(data, "".join(blocks))
+
+
+def _page(data: dict[str, Any], blocks: str) -> str:
     code = "\n".join(_asset(name) for name in SCRIPTS)
     script = f'\n"use strict";\n(() => {{\nconst DATA = {_inline(data)};\n{code}\n}})();\n'
     return _filled(
@@ -79,7 +92,7 @@ def build(folder: Path, limits: Limits = Limits(), live: bool = False, seen: See
             "styles": "\n".join(_asset(name) for name in STYLES),
             "script": script,
             "digest": _digest(script),
-            "blocks": "".join(parts),
+            "blocks": blocks,
         },
     )
 
@@ -88,6 +101,10 @@ def write(folder: Path, out: Path | None = None, limits: Limits = Limits()) -> P
     """Write the page to `out` (default RUN/report.html), whole or not at all."""
     out = out or folder / "report.html"
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.write_text(build(folder, limits), encoding="utf-8")
-    unfinished.replace(out)
+    page = build(folder, limits)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(out)
+    except OSError as error:
+        raise ReportError(f"{out} can't be written ({error.strerror}); --out FILE puts the report elsewhere") from error
     return out

@@ -1,6 +1,7 @@
 """Reading a run folder: the ledger, read-only and while it is written, and the metrics file.
 
-Only the ledger's documented tables are used, so a report can be made on any machine that has Python and PyAV.
+Only the ledger's documented tables are used, so a report can be made on any machine that has Python, PyYAML and, for
+pictures, PyAV, Pillow and NumPy: torch isn't needed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,18 @@ def open_run(folder: Path) -> Run:
     if not path.exists():
         raise ReportError(f"no {path}: give the folder of a run (what --run was set to)")
     try:
+        return _opened(folder, path, copy)
+    except sqlite3.DatabaseError as error:
+        raise ReportError(_refusal(path, error)) from error
+
+
+def _opened(folder: Path, path: Path, copy: Path) -> Run:
+    try:
         ledger, version = _open(path, 1.0 if copy.exists() else 30.0)
         as_of_copy = False
     except sqlite3.OperationalError as error:
         if "locked" not in str(error) or not copy.exists():
-            advice = "the run that writes it keeps it to itself until its first phase is done"
-            raise ReportError(f"{path} can't be read ({error})" + f"; {advice}" * ("locked" in str(error))) from error
+            raise
         ledger, version = _open(copy, 30.0)
         as_of_copy = True
     if version is None or int(version[0]) != SCHEMA_VERSION:
@@ -62,9 +70,51 @@ def open_run(folder: Path) -> Run:
     return Run(folder, ledger, phases, as_of_copy)
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[Run]:
+    """An opened run for as long as it is read; damage that shows only then is one line too."""
+    run = open_run(folder)
+    try:
+        yield run
+    except sqlite3.DatabaseError as error:
+        raise ReportError(_refusal(folder / "ledger.sqlite", error)) from error
+    finally:
+        run.close()
+
+
+def _refusal(path: Path, error: sqlite3.DatabaseError) -> str:
+    """Why a ledger can't be read, and what to do."""
+    if "locked" in str(error):
+        advice = "the run that writes it keeps it to itself until its first phase is done"
+    elif _wants_to_write(error):
+        advice = "its folder can't be written and the ledger isn't closed; make the report of a copy of the folder"
+    elif isinstance(error, sqlite3.OperationalError):
+        advice = "is it a run's ledger?"
+    else:
+        advice = f"it is damaged, or no ledger; `sqlite3 {path.name} .recover` gives what is left of one"
+    return f"{path} can't be read ({error}); {advice}"
+
+
+def _wants_to_write(error: sqlite3.DatabaseError) -> bool:
+    """Whether SQLite failed at making a file of its own beside the ledger."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
 def _open(path: Path, patience: float) -> tuple[sqlite3.Connection, tuple[str] | None]:
     """The ledger, and the version it has."""
-    ledger = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=patience, check_same_thread=False)
+    try:
+        return _connect(path, "mode=ro", patience)
+    except sqlite3.OperationalError as error:
+        # Readers share an index of the write-ahead log, which can't be made in a folder that is read-only. A ledger
+        # without a log is whole by itself.
+        log = path.with_name(path.name + "-wal")
+        if not _wants_to_write(error) or (log.exists() and log.stat().st_size):
+            raise
+    return _connect(path, "mode=ro&immutable=1", patience)
+
+
+def _connect(path: Path, how: str, patience: float) -> tuple[sqlite3.Connection, tuple[str] | None]:
+    ledger = sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, timeout=patience, check_same_thread=False)
     try:
         return ledger, ledger.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
     except BaseException:
@@ -93,7 +143,9 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def state_token(folder: Path) -> str:
-    """Changes whenever the run has written something."""
-    names = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.copy.sqlite", "metrics.jsonl")
-    stats = [(folder / name).stat() for name in names if (folder / name).exists()]
-    return "-".join(f"{stat.st_size:x}.{stat.st_mtime_ns:x}" for stat in stats)
+    """Changes whenever the run has written something, and only then: readers leave an empty log beside the ledger."""
+    stats = []
+    for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.copy.sqlite", "metrics.jsonl"):
+        with suppress(FileNotFoundError):
+            stats.append((folder / name).stat())
+    return "-".join(f"{stat.st_size:x}.{stat.st_mtime_ns:x}" for stat in stats if stat.st_size)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 Z95 = 1.959964
+MOST_POINTS = 400
+"""Points per curve; longer ones are averaged over runs of steps."""
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dppo_mcore.report.blocks import Limits
 from dppo_mcore.report.frames import Seen
 from dppo_mcore.report.page import build
-from dppo_mcore.report.read import state_token
+from dppo_mcore.report.read import ReportError, state_token
 
 REBUILD_SECONDS = 5.0
 """A page is not made anew more often."""
@@ -42,14 +43,15 @@ class LiveReport:
             token = self.token()
             if token != self._token:
                 began = time.monotonic()
-                self._page = build(self.folder, self.limits, live=True, seen=self._seen).encode("utf-8")
+                self._page = build(self.folder, self.limits, token, self._seen).encode("utf-8")
                 now = time.monotonic()
                 self._token, self._rest_until = token, now + max(REBUILD_SECONDS, (now - began) / SHARE_OF_TIME)
             return self._page
 
 
 def make_server(folder: Path, port: int, limits: Limits) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1: `/` is the page, `/version` the state that the page polls."""
+    """A server on 127.0.0.1: `/` is the page, `/version` the state that the page polls, `/made` waits until there is
+    a page of it."""
     report = LiveReport(folder, limits)
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,18 +61,27 @@ def make_server(folder: Path, port: int, limits: Limits) -> ThreadingHTTPServer:
                 self.send_error(403)
             elif self.path == "/version":
                 self._answer(report.token().encode(), "text/plain; charset=utf-8")
-            elif self.path == "/":
-                self._answer(report.page(), "text/html; charset=utf-8")
+            elif self.path in ("/", "/made"):
+                self._make(self.path == "/")
             else:
                 self.send_error(404)
+
+        def _make(self, whole: bool) -> None:
+            try:
+                page = report.page()
+            except ReportError as error:
+                self.send_error(503, explain=str(error))
+            else:
+                self._answer(page if whole else b"", "text/html; charset=utf-8")
 
         def _answer(self, body: bytes, kind: str) -> None:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the reader may have gone on to another page
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """The terminal stays quiet."""

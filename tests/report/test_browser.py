@@ -4,49 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import threading
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dppo_mcore.practice.ledger import Ledger
+from dppo_mcore.report import watch
 from dppo_mcore.report.blocks import Limits
-from dppo_mcore.report.page import write
-from dppo_mcore.report.watch import make_server
+from dppo_mcore.report.page import build, write
+from dppo_mcore.report.watch import REBUILD_SECONDS, make_server
+from tests.report.driver import HERE, ROOT, TOOLS, chromium
 from tests.report.synthetic import make_run
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TOOLS = ROOT / ".cache" / "report-check"
 FIRST_PAINT_MS = 2000
 FILTER_MS = 300
 MOST_BYTES = 150e6
 
 pytestmark = pytest.mark.report
-
-
-def chromium() -> str:
-    """Path of the browser; its absence is a failure, not a skip."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert found, "chromium is missing: apt-get install chromium"
-    return found
-
-
-@pytest.fixture(scope="session")
-def node_modules() -> Path:
-    """The driver and the accessibility checker, installed once."""
-    assert shutil.which("npm"), "npm is missing: apt-get install nodejs npm"
-    TOOLS.mkdir(parents=True, exist_ok=True)
-    wanted = (HERE / "package.json").read_text()
-    stamp = TOOLS / "installed.json"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        shutil.copy(HERE / "package.json", TOOLS / "package.json")
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=TOOLS, check=True, capture_output=True)
-        stamp.write_text(wanted)
-    return TOOLS
 
 
 def check(report: Path, node_modules: Path, shots: Path) -> dict[str, Any]:
@@ -100,23 +79,43 @@ def test_the_report_of_a_demo_run(node_modules: Path) -> None:
     assert "inconsistent on purpose" in result["lead"]
 
 
-def test_a_followed_run_keeps_the_readers_place(tmp_path: Path, node_modules: Path) -> None:
-    run = make_run(tmp_path / "run", rollouts=4000, clips=4)
+def test_a_followed_run_keeps_the_readers_place(
+    tmp_path: Path, node_modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_build(*arguments: Any) -> str:
+        """A large run's page takes longer than a reader waits between two looks."""
+        time.sleep(4)
+        return build(*arguments)
+
+    monkeypatch.setattr(watch, "build", slow_build)
+    monkeypatch.setattr(watch, "SHARE_OF_TIME", 10)
+    run = make_run(tmp_path / "a-run-with-a-name-of-its-own-that-is-long", rollouts=4000, clips=4)
     server = make_server(run, 0, Limits(frame_samples=4))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    shots = TOOLS / "shots-followed"
+    shots.mkdir(parents=True, exist_ok=True)
     address = f"http://127.0.0.1:{server.server_address[1]}/"
-    command = ["node", str(HERE / "watch_check.mjs"), address, str(node_modules), chromium()]
+    command = ["node", str(HERE / "watch_check.mjs"), address, str(node_modules), chromium(), str(shots)]
+    written = 0
+    # The reader gets a page that was made a while ago, so that whatever comes now is seen by its first look at the run.
+    urllib.request.urlopen(address, timeout=30).read()
+    time.sleep(REBUILD_SECONDS + 0.5)
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as browser:
             assert browser.stdin and browser.stdout
-            assert browser.stdout.readline() == "waiting\n"
-            with Ledger(run / "ledger.sqlite") as ledger:
-                ledger.quarantine("late.mp4", "rl-hostile", "written while someone was reading")
-            browser.stdin.write("written\n")
-            browser.stdin.flush()
-            result = json.loads(browser.stdout.readline())
+            while (line := browser.stdout.readline()) == "write\n":
+                with Ledger(run / "ledger.sqlite") as ledger:
+                    ledger.quarantine(f"late-{written}.mp4", "rl-hostile", "written while someone was reading")
+                written += 1
+                browser.stdin.write("written\n")
+                browser.stdin.flush()
+            result = json.loads(line)
     finally:
         server.shutdown()
         server.server_close()
+    assert result["errors"] == [] and written == 2 and result["loads"] == 3
+    assert result["held"] == {"list": True, "detail": True, "details": True}
+    assert result["said"] == ["newer data"] and result["overflow"] <= 0
     assert result["after"] == result["before"] and "page 2" in result["before"]["found"]
-    assert result["errors"] == [] and result["live"] == "live"
+    assert result["focus"] == result["before"]["current"] and result["focusAfter"] is None
+    assert result["live"] == "live" and not result["newer"]

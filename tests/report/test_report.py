@@ -11,19 +11,21 @@ import re
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dppo_mcore.practice.ledger import Ledger
 from dppo_mcore.report import frames
+from dppo_mcore.report import page as page_module
 from dppo_mcore.report.__main__ import main
 from dppo_mcore.report.blocks import Limits, sample_blocks
 from dppo_mcore.report.frames import Seen
 from dppo_mcore.report.overview import overview, rate_class
 from dppo_mcore.report.page import build
-from dppo_mcore.report.read import open_run, read_metrics, state_token, text_of
+from dppo_mcore.report.read import Run, open_run, read_metrics, state_token, text_of
 from dppo_mcore.report.statistics import thin, wilson
-from dppo_mcore.report.watch import make_server
+from dppo_mcore.report.watch import LiveReport, make_server
 from dppo_mcore.types import Sample, Turn
 from tests.report.synthetic import make_run
 
@@ -225,12 +227,54 @@ def test_watching_serves_on_loopback_and_follows_the_run(run: Path) -> None:
     try:
         assert server.server_address[0] == "127.0.0.1"
         body = urllib.request.urlopen(f"{address}/", timeout=30).read().decode()
-        assert '"live": true' in body
+        assert f'"live":true,"version":"{state_token(run)}"' in body
         assert urllib.request.urlopen(f"{address}/version", timeout=30).read().decode() == state_token(run)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/ledger.sqlite", timeout=30)
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(f"{address}/", headers={"Host": "evil.example"}), timeout=30)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_is_written_while_a_page_is_made_is_newer_than_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    before = state_token(folder)
+
+    def overtaken(run: Run) -> dict[str, Any]:
+        found = overview(run)
+        with Ledger(folder / "ledger.sqlite") as ledger:
+            ledger.quarantine("late.mp4", "rl-hostile", "written while the page was made")
+        return found
+
+    monkeypatch.setattr(page_module, "overview", overtaken)
+    made = LiveReport(folder, Limits(frame_samples=0)).page().decode()
+    assert f'"version":"{before}"' in made and state_token(folder) != before
+
+
+def test_a_followed_page_waits_for_the_next_to_be_made(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rollouts=200, clips=1)
+    server = make_server(folder, 0, Limits(frame_samples=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        assert urllib.request.urlopen(f"{address}/made", timeout=30).read() == b""
+        (folder / "ledger.sqlite").write_bytes(b"no ledger " * 1000)
+        assert len(urllib.request.urlopen(f"{address}/", timeout=30).read()) > 10_000
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_followed_run_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_bytes(b"no ledger " * 1000)
+    server = make_server(tmp_path, 0, Limits(frame_samples=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="503") as raised:
+            urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}/", timeout=30)
+        assert "it is damaged, or no ledger" in raised.value.read().decode()
     finally:
         server.shutdown()
         server.server_close()

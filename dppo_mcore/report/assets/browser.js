@@ -1,12 +1,24 @@
 // The sample browser: filters, a paged list, and one sample in detail.
 const PAGE = 25;
 const ANSWERS = 12;
+const SNIPPET = 110;
+const LARGER = `the file would be larger than ${DATA.browser.megabytes} MB (--max-megabytes)`;
+
+// What of the ledger is in the file, and why the rest isn't.
+function holdings(samples) {
+  const { rolloutsShown: shown, rolloutsTotal: total, rolloutsOlder: older, bare, mostRollouts, note } = DATA.browser;
+  const parts = [`${whole(samples)} samples, ${whole(shown)}${shown < total ? ` of ${whole(total)}` : ""} rollouts in this file.`];
+  if (older) parts.push(`${whole(older)} are left out as older than the newest ${whole(mostRollouts)} (--max-rollouts).`);
+  if (bare) parts.push(`The details of ${whole(bare)} samples, ${whole(total - older - shown)} rollouts among them, are left out: ${LARGER}; held-out, taught and corpus samples come first.`);
+  if (shown < total || bare) parts.push("The ledger has all.");
+  if (note) parts.push(`${note[0].toUpperCase()}${note.slice(1)}.`);
+  return parts.join(" ");
+}
 
 async function browse() {
   const into = body("samples");
   const index = await block("samples-index");
-  const { rolloutsShown, rolloutsTotal, note } = DATA.browser;
-  into.append(lead(`${whole(index.count)} samples, ${whole(rolloutsShown)}${rolloutsShown < rolloutsTotal ? ` of ${whole(rolloutsTotal)}` : ""} rollouts in this file${rolloutsShown < rolloutsTotal ? " (the newest; the ledger has all)" : ""}.${note ? ` ${note}.` : ""}`));
+  into.append(lead(holdings(index.count)));
   if (!index.count) return;
   const texts = index.id.map((id, k) => `${id} ${index.question[k]}`.toLowerCase());
   const state = { text: "", objective: -1, dimension: -1, pool: -1, with: "", low: 0, high: 1, order: "", phase: "", page: 0, found: [], rates: ratesOf(index, ""), current: -1 };
@@ -21,14 +33,14 @@ async function browse() {
     node("option", { value: "-1" }, first), words.map((word, k) => node("option", { value: k }, word || "(none)"))));
   const pick = (name, key, options) => node("label", {}, name, node("select", { name: key, on: { change: (event) => { state[key] = event.target.value; if (key === "phase") state.rates = ratesOf(index, state.phase); refresh(); } } },
     options.map(([value, text]) => node("option", { value }, text))));
-  const bound = (key, label) => node("input", { type: "number", min: 0, max: 100, step: 5, name: key, value: 100 * state[key], "aria-label": label, on: { input: (event) => { state[key] = (+event.target.value || 0) / 100; refresh(); } } });
+  const bound = (key, label, otherwise) => node("input", { type: "number", min: 0, max: 100, step: 5, name: key, value: 100 * otherwise, "aria-label": label, on: { input: (event) => { state[key] = event.target.value === "" ? otherwise : event.target.value / 100; refresh(); } } });
   const form = node("form", { cls: "filters", role: "search", "aria-label": "Filter samples", on: { submit: (event) => event.preventDefault(), reset: () => setTimeout(() => { Object.assign(state, { text: "", objective: -1, dimension: -1, pool: -1, with: "", low: 0, high: 1, order: "", phase: "", rates: ratesOf(index, "") }); refresh(); }) } },
     node("label", { cls: "wide" }, "Text or id", node("input", { type: "search", name: "text", autocomplete: "off", on: { input: (event) => { state.text = event.target.value; refresh(); } } })),
     choice("Objective", "objective", index.words.objective, "all objectives"),
     choice("Dimension", "dimension", index.words.dimension, "all dimensions"),
     choice("Pool", "pool", index.words.pool, "all pools"),
     pick("Success rate in", "phase", [["", "all phases"], ...Object.keys(index.rates).map((name) => [name, name])]),
-    node("label", {}, "Success rate, %", node("span", { cls: "range" }, bound("low", "Lowest success rate in percent"), "to", bound("high", "Highest success rate in percent"))),
+    node("label", {}, "Success rate, %", node("span", { cls: "range" }, bound("low", "Lowest success rate in percent", 0), "to", bound("high", "Highest success rate in percent", 1))),
     pick("Only with", "with", [["", "anything"], ["teacher", "a teacher's answer"], ["corpus", "a place in a corpus"], ["pictures", "pictures"]]),
     pick("Order", "order", [["", "as in the pool"], ["low", "lowest success first"], ["high", "highest success first"]]),
     node("label", {}, "\u00a0", node("button", { type: "reset" }, "Clear filters")));
@@ -57,15 +69,19 @@ async function browse() {
     remember();
   }
 
-  // While a run is followed the page is loaded anew: filters, page and chosen sample stay.
+  // While a run is followed the page is loaded anew: filters, page, chosen sample and the list's focus stay.
+  let touched = "";
+  list.addEventListener("focusin", (event) => { touched = index.id[event.target.closest("button").dataset.place]; });
+  addEventListener("pagehide", remember);
+  const focused = () => (list.contains(document.activeElement) || document.activeElement?.id === "newer" ? touched : "");
   const fields = () => [...form.querySelectorAll("input, select")];
   function remember() {
     if (!DATA.live) return;
     const filters = fields().map((field) => (field.selectedOptions ? field.selectedOptions[0].text : field.value));
-    stored("report-browser", JSON.stringify({ filters, page: state.page, id: index.id[state.current] ?? "" }), "sessionStorage");
+    stored("report-browser", JSON.stringify({ filters, page: state.page, id: index.id[state.current] ?? "", focus: focused() }), "sessionStorage");
   }
 
-  async function recall({ filters, page, id }) {
+  async function recall({ filters, page, id, focus }) {
     fields().forEach((field, k) => {
       if (field.options) field.selectedIndex = Math.max(0, [...field.options].findIndex((option) => option.text === filters[k]));
       else field.value = filters[k];
@@ -74,12 +90,13 @@ async function browse() {
     state.page = Math.min(page, Math.max(0, Math.ceil(state.found.length / PAGE) - 1));
     draw();
     if (index.id.includes(id)) await open(index.id.indexOf(id));
+    if (focus) list.querySelector(`[data-place="${index.id.indexOf(focus)}"]`)?.focus({ preventScroll: true });
   }
 
   function entry(k) {
     const rate = state.rates[k];
     return node("li", {}, node("button", { type: "button", "data-place": k, "aria-current": k === state.current ? "true" : null, on: { click: () => open(k) } },
-      node("span", { cls: "question", dir: "auto" }, asked(index.question[k]) || index.id[k]),
+      node("span", { cls: "question", dir: "auto" }, asked(index.question[k]).slice(0, SNIPPET) || index.id[k]),
       node("span", { cls: "meta" }, `${index.words.objective[index.objective[k]]} · ${index.id[k]}`),
       node("span", { cls: "rate" }, rate < 0 ? "not rolled out" : percent(rate), rate < 0 ? null : node("span", { cls: "track", "aria-hidden": "true" }, node("span", { style: `width:${100 * rate}%` })))));
   }
@@ -88,7 +105,7 @@ async function browse() {
     state.current = k;
     remember();
     list.querySelectorAll("button").forEach((button) => { if (+button.dataset.place === k) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current"); });
-    const made = await sampleView(index, k);
+    const made = await sampleView(index, k).catch((error) => [node("h3", {}, plain(index.id[k])), node("p", { cls: "note", role: "alert" }, `This sample can't be shown: ${error.message}`)]);
     if (state.current === k) { detail.replaceChildren(...made); detail.scrollTop = 0; }
   }
 
@@ -112,7 +129,7 @@ async function sampleView(index, k) {
   const title = node("h3", { dir: "auto" }, asked(index.question[k]) || index.id[k]);
   const word = (name) => index.words[name][index[name][k]];
   const tags = node("div", { cls: "tags" }, [index.id[k], word("objective"), word("dimension"), word("pool"), word("source")].filter(Boolean).map((text) => tag(text)));
-  if (index.block[k] < 0) return [title, tags, node("p", { cls: "note" }, "This sample's rollouts are in the ledger only; the file's size bound was reached.")];
+  if (index.block[k] < 0) return [title, tags, node("p", { cls: "note" }, `The details of this sample are in the ledger only: ${LARGER}.`), older(index, k)];
   const sample = (await block(`samples-${index.block[k]}`))[k];
   title.textContent = asked(sample.q) || index.id[k];
   const parts = [title, tags];
@@ -125,17 +142,27 @@ async function sampleView(index, k) {
   if (sample.teacher) parts.push(node("h4", {}, "The teacher's answers"), node("ol", { cls: "answers" }, sample.teacher.map(([phase, model, reward, right, kept, error, text]) => answer(right, text, [node("b", {}, model || "teacher"), `asked after ${phase}`, `reward ${compact(reward)}`, kept ? tag("kept", "good") : tag("not kept"), error ? tag(error, "bad") : null]))));
   if (sample.corpus) parts.push(node("h4", {}, "In the corpus"), node("ol", { cls: "answers" }, sample.corpus.map(([phase, source, tokens, why, text]) => answer(true, text, [node("b", {}, source), phase, `${tokens} tokens`, why]))));
   if (sample.rollouts.length) parts.push(node("h4", {}, `Rollouts (${sample.rollouts.length})`), paged(sample.rollouts, rollout));
-  if (sample.evaluation) parts.push(node("h4", {}, "Held-out answers"), paged(sample.evaluation, ([phase, step, name, reward, right, found, text]) => answer(right, text, [node("b", {}, phase), name, `step ${step}`, ...rewards(reward, found)])));
+  parts.push(older(index, k));
+  if (sample.evaluation) parts.push(node("h4", {}, "Held-out answers"), paged(sample.evaluation, ([phase, step, name, reward, right, found, text]) => answer(right, text, [node("b", {}, phase), name, step ? `after step ${step} of the phase` : "before any step", ...rewards(reward, found)])));
   return parts;
 }
 
+// A note on the sample's rollouts that are older than the newest ones in the file.
+function older(index, k) {
+  const missing = Object.values(index.rates).reduce((sum, list) => sum + list[k][0], 0) - index.rollouts[k];
+  return missing > 0 ? node("p", { cls: "note" }, `In the ledger only, as older than the newest ${whole(DATA.browser.mostRollouts)} (--max-rollouts): ${whole(missing)} of its rollouts.`) : "";
+}
+
+// Steps are counted from 1 as in the curves; phases that only roll out do so chunk by chunk.
+const measured = new Set(DATA.phases.filter(({ kind }) => kind === "buffer" || kind === "weakness").map(({ name }) => name));
+const when = (phase, step) => (measured.has(phase) ? `${phase}, chunk ${step + 1}` : `${phase}, step ${step + 1} of the phase`);
 const tag = (text, kind = "") => node("span", { cls: `tag ${kind}` }, plain(text));
 const asked = (question) => plain(question.replaceAll(/<(video|image)>/g, "")).trim();
 const rewards = (reward, found) => [`reward ${compact(reward)}`, Object.entries(found).map(([name, value]) => `${name} ${typeof value === "number" ? compact(value) : value}`).join(", ")];
 
 function rollout([phase, step, number, reward, right, tokens, finish, found, versions, error, text]) {
   const weights = versions.length ? `weights ${versions.map(([version, from, to]) => (versions.length > 1 ? `${version} (tokens ${from} to ${to})` : version)).join(", ")}` : null;
-  return answer(right, text, [node("b", {}, right ? "right" : "wrong"), `${phase}, step ${step}, answer ${number + 1}`, ...rewards(reward, found), `${tokens} tokens`, weights, finish === "stop" ? null : tag(finish, "bad"), error ? tag(error, "bad") : null]);
+  return answer(right, text, [node("b", {}, right ? "right" : "wrong"), `${when(phase, step)}, answer ${number + 1}`, ...rewards(reward, found), `${tokens} tokens`, weights, finish === "stop" ? null : tag(finish, "bad"), error ? tag(error, "bad") : null]);
 }
 
 function answer(right, text, head) {

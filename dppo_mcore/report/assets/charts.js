@@ -27,12 +27,13 @@ function linePath(points, x, y, bands) {
   return points.map(([a, b], k) => `${k && phase(a) === phase(points[k - 1][0]) ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");
 }
 
-// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, value, name}]
-function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], format = compact, xLabel = "step", size = [WIDE, 230] }) {
+// series: [{name, color, points: [[x, y]], faint}]; bands: [{from, to, color, name}]; moments: [{at, value, name}];
+// dots: each point was measured by itself, and lines between them go through phases
+function lineChart({ title, note, series, floor, ceiling, threshold, bands = [], moments = [], dots = false, format = compact, xLabel = "step", xName = xLabel, size = [WIDE, 230] }) {
   const [width, height] = size;
   const svg = canvas(width, height);
   const shown = series.filter((one) => one.points.length);
-  const xs = shown.flatMap((one) => [one.points[0][0], one.points[one.points.length - 1][0]]);
+  const xs = shown.flatMap((one) => one.points.map((point) => point[0]));
   const ys = shown.flatMap((one) => one.points.map((point) => point[1])).concat(threshold ? [threshold.at] : []);
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   const [y0, y1] = extent(ys, floor, ceiling);
@@ -50,9 +51,10 @@ function lineChart({ title, note, series, floor, ceiling, threshold, bands = [],
     svg.append(shape("text", { x: MARGIN.left + 8, y: y(threshold.at) - 6, style: "fill:var(--bad)" }, threshold.name));
   }
   for (const one of shown) {
-    if (one.points.length === 1) svg.append(shape("circle", { cls: "mark", cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 4, style: `fill:${one.color}` }));
-    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y, bands), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
+    if (one.points.length === 1 && !dots) svg.append(shape("circle", { cls: "mark", cx: x(one.points[0][0]), cy: y(one.points[0][1]), r: 4, style: `fill:${one.color}` }));
+    else svg.append(shape("path", { cls: "line", d: linePath(one.points, x, y, dots ? [] : bands), style: `stroke:${one.color};${one.faint ? "opacity:.55;stroke-width:1.4" : ""}` }));
   }
+  if (dots) for (const one of shown) for (const [a, b] of one.points) svg.append(shape("circle", { cls: "mark", cx: x(a), cy: y(b), r: one.faint ? 2.5 : 4, style: `fill:${one.color}` }));
   for (const moment of moments) {
     const at = x(Math.min(x1, Math.max(x0, moment.at)));
     const left = at > MARGIN.left + 8 * moment.name.length;
@@ -60,11 +62,11 @@ function lineChart({ title, note, series, floor, ceiling, threshold, bands = [],
       shape("circle", { cls: "mark", cx: at, cy: y(moment.value), r: 5.5, style: "fill:var(--bad)" }),
       shape("text", { cls: "strong halo", x: at + (left ? -8 : 8), y: height - MARGIN.bottom - 10, "text-anchor": left ? "end" : "start" }, moment.name));
   }
-  hover(svg, shown, x, y, width, height, format);
+  hover(svg, shown, x, y, width, height, format, xName);
   const at = new Map();
   shown.forEach((one, k) => one.points.forEach(([a, b]) => { if (!at.has(a)) at.set(a, Array(shown.length).fill(null)); at.get(a)[k] = b; }));
   const last = shown.map((one) => `${one.name} ${format(one.points[one.points.length - 1][1])}`).join(", ");
-  return figure({ title, note, legend: shown, drawing: svg, label: `${title}. Last values: ${last}`, columns: [xLabel, ...shown.map((one) => one.name)],
+  return figure({ title, note, legend: shown, drawing: svg, label: `${title}. Last values: ${last}`, columns: [xName, ...shown.map((one) => one.name)],
     rows: [...at].sort((a, b) => a[0] - b[0]).map(([a, values]) => [a, ...values]) });
 }
 
@@ -74,7 +76,7 @@ function nearest(points, at) {
   return low > 0 && at - points[low - 1][0] < points[low][0] - at ? points[low - 1] : points[low];
 }
 
-function hover(svg, series, x, y, width, height, format) {
+function hover(svg, series, x, y, width, height, format, xName) {
   const cursor = shape("line", { cls: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom, x1: 0, x2: 0 });
   const area = shape("rect", { x: MARGIN.left, y: 0, width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.bottom, fill: "transparent" });
   svg.append(cursor, area);
@@ -87,7 +89,7 @@ function hover(svg, series, x, y, width, height, format) {
     const step = nearest(first, at)[0];
     cursor.setAttribute("x1", x(step)); cursor.setAttribute("x2", x(step));
     cursor.style.visibility = "visible";
-    showTip(`step ${compact(step)}\n${series.map((one) => `${one.name}  ${format(nearest(one.points, step)[1])}`).join("\n")}`, event.clientX, event.clientY);
+    showTip(`${xName} ${compact(step)}\n${series.map((one) => `${one.name}  ${format(nearest(one.points, step)[1])}`).join("\n")}`, event.clientX, event.clientY);
   });
   area.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; hideTip(); });
 }
@@ -109,7 +111,7 @@ function shareArea({ title, note, columns, classes, colors, size = [WIDE, 230] }
       bar.append(shape("rect", { x: x(k), width: wide + .35, y: y(below + share), height: y(below) - y(below + share), style: `fill:${colors[place]}` }));
       below += share;
     });
-    svg.append(withTip(bar, `step ${step}, ${whole(total)} groups\n${classes.map((name, place) => `${name}  ${percent(counts[place] / total)}`).reverse().join("\n")}`));
+    svg.append(withTip(bar, `step ${step} of the phase, ${whole(total)} groups\n${classes.map((name, place) => `${name}  ${percent(counts[place] / total)}`).reverse().join("\n")}`));
   });
   const every = Math.max(1, Math.ceil(columns.length / 6));
   svg.append(shape("text", { x: MARGIN.left - 14, y: height - 11, "text-anchor": "end" }, "step"));
@@ -118,7 +120,7 @@ function shareArea({ title, note, columns, classes, colors, size = [WIDE, 230] }
   const last = columns[columns.length - 1][1], sum = last.reduce((a, b) => a + b, 0) || 1;
   return figure({ title, note, drawing: svg, legend: classes.map((name, k) => ({ name, color: colors[k] })),
     label: `${title}. At the end: ${classes.map((name, k) => `${name} ${percent(last[k] / sum)}`).join(", ")}`,
-    columns: ["step", ...classes], rows: columns.map(([step, counts]) => [step, ...counts]) });
+    columns: ["step of the phase", ...classes], rows: columns.map(([step, counts]) => [step, ...counts]) });
 }
 
 // A long name in two lines of about the same length.
@@ -137,12 +139,12 @@ function groupedBars({ title, note, groups, size = [1120, 280] }) {
   frame(svg, width, height, null, y, { xTicks: [], yTicks: [0, .25, .5, .75, 1], format: percent });
   const room = (width - MARGIN.left - MARGIN.right) / groups.length;
   groups.forEach((group, g) => {
-    const wide = Math.min(34, (room - 20) / Math.max(1, group.bars.length));
+    const wide = Math.max(1, Math.min(34, (room - 20) / Math.max(1, group.bars.length))), drawn = Math.max(1, wide - 3);
     const left = MARGIN.left + g * room + (room - wide * group.bars.length) / 2;
     group.bars.forEach((bar, k) => {
       const at = left + k * wide;
       const made = shape("g", {},
-        shape("rect", { x: at + 1.5, width: wide - 3, y: y(bar.value), height: Math.max(0, y(0) - y(bar.value)), rx: 2.5, style: `fill:${bar.color};opacity:${bar.opacity ?? 1}` }),
+        shape("rect", { x: at + (wide - drawn) / 2, width: drawn, y: y(bar.value), height: Math.max(0, y(0) - y(bar.value)), rx: 2.5, style: `fill:${bar.color};opacity:${bar.opacity ?? 1}` }),
         shape("rect", { x: at, width: wide, y: MARGIN.top, height: y(0) - MARGIN.top, fill: "transparent" }));
       if (bar.low !== undefined) made.append(shape("path", { cls: "whisker", d: `M${at + wide / 2},${y(bar.low)}V${y(bar.high)}M${at + wide / 2 - 3},${y(bar.high)}h6M${at + wide / 2 - 3},${y(bar.low)}h6` }));
       svg.append(withTip(made, `${group.name} · ${bar.name}\n${percent(bar.value, 1)}${bar.low === undefined ? "" : `  (95%: ${percent(bar.low, 1)} to ${percent(bar.high, 1)}, n = ${bar.n})`}`));

@@ -13,7 +13,9 @@ async function unpack(id) {
 
 function block(id) {
   if (!opened.has(id)) {
-    opened.set(id, unpack(id));
+    const content = unpack(id);
+    opened.set(id, content);
+    content.catch(() => { if (opened.get(id) === content) opened.delete(id); });
     if (opened.size > KEPT) opened.delete(opened.keys().next().value);
   }
   return opened.get(id);

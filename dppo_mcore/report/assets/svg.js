@@ -30,7 +30,11 @@ const plain = (text) => text.replaceAll(/[\u0000-\u0008\u000b-\u001f\u007f\u200e
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 const whole = (number) => Math.round(number).toLocaleString("en");
 
+// What JSON has no number for comes as its name, "NaN" or "Infinity".
+const fixed = (number, digits) => (typeof number === "number" ? number.toFixed(digits) : `${number}`);
+
 function compact(number) {
+  if (typeof number !== "number") return `${number}`;
   const size = Math.abs(number);
   if (size >= 1e9) return `${+(number / 1e9).toPrecision(3)}G`;
   if (size >= 1e6) return `${+(number / 1e6).toPrecision(3)}M`;
@@ -42,9 +46,10 @@ function compact(number) {
 function duration(seconds) {
   if (seconds === 0) return "0 s";
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  if (seconds < 7200) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
-  return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+  const rounded = Math.round(seconds), minutes = Math.round(seconds / 60);
+  if (rounded < 120) return `${rounded} s`;
+  if (rounded < 7200) return `${Math.floor(rounded / 60)} min ${rounded % 60} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 function scale([from, to], [start, end]) {
