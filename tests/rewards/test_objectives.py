@@ -99,6 +99,21 @@ def test_order() -> None:
     assert pair_agreement(["a", "a", "b"], ["a", "b"]) == 1
 
 
+@pytest.mark.parametrize("objective", ["temporal", "planning"])
+def test_orders_of_digits_and_letters(objective: str) -> None:
+    for gold in ([2, 1, 3], ["2", "1", "3"], ["(2)", "(1)", "(3)"]):
+        for answer in ("2, 1, 3", "2\n1\n3", "1. 2\n2. 1\n3. 3", "2 -> 1 -> 3", "[2, 1, 3]", "(2), (1), (3)"):
+            assert task(objective, gold, answer) == 1, (gold, answer)
+        assert task(objective, gold, "3, 1, 2") < 1
+    orders = ["b, a, c", "B, A, C", "BAC", "B-A-C", "b-a-c", "(b), (a), (c)", "B) A) C)", "1. B\n2. A\n3. C",
+              "The order is b, a, c", "The order is B, A, C", '["b", "a", "c"]', "B. go, A. do, C. be"]  # fmt: skip
+    for gold in (["b", "a", "c"], ["B", "A", "C"], ["B.", "A.", "C."]):
+        for answer in orders:
+            assert task(objective, gold, answer) == 1, (gold, answer)
+        assert task(objective, gold, "c, a, b") < 1
+    assert task(objective, ["1. pick up", "2. place"], "1. Pick up\n2. Place") == 1
+
+
 def test_success() -> None:
     assert task("success", "yes", "Yes, it was.") == 1
     assert task("success", "no", "Yes") == 0
