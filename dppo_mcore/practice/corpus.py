@@ -82,8 +82,8 @@ def retrieved_candidates(
             text, origin = own[0], f"own rollout of {own[1]}, step {own[2]}"
         if not text and sample.id in taught:
             text, origin = template.conform(taught[sample.id].text), f"answer of {taught[sample.id].model}"
-        if not text and sample.gold is not None:
-            text, origin = template.bare(sample.gold), "the gold answer without reasoning"
+        if not text:
+            text, origin = template.bare(sample), "the gold answer without reasoning"
         if text:
             why = f"{one.why()}; {origin}"
             found.append(Candidate(sample.id, "retrieved", text, count_tokens(text), why))
@@ -125,7 +125,9 @@ def general_candidates(
         for objective, source in sorted(strata):
             members = strata[objective, source]
             if turn < len(members):
-                text = members[turn].answer or template.bare(members[turn].gold)
+                text = members[turn].answer or template.bare(members[turn])
+                if not text:
+                    continue
                 why = f"general replay: {objective}{' of ' + source if source else ''}"
                 found.append(Candidate(members[turn].id, "general", text, count_tokens(text), why))
     return found

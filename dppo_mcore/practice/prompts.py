@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from dppo_mcore.rewards.extraction import BOXED, final_answer
 from dppo_mcore.rewards.format import TAGS, Structure, format_reward
+from dppo_mcore.rewards.reference import reference
 from dppo_mcore.types import Sample, Turn
 
 SYSTEM = {
@@ -82,13 +83,10 @@ class PromptTemplate:
         framed = f"<think>{thought}</think>\n<answer>{answer}</answer>"
         return framed if format_reward(framed, self.structure) else None
 
-    def bare(self, gold: Any) -> str:
-        """A gold answer as text without reasoning, in the structure's answer part."""
-        if isinstance(gold, list | tuple) and all(isinstance(item, str) for item in gold):
-            text = ", ".join(gold) if all(len(item) == 1 for item in gold) else "\n".join(gold)
-        else:
-            text = str(gold)
-        return text if self.structure == "plain" else f"<answer>{text}</answer>"
+    def bare(self, sample: Sample) -> str | None:
+        """A sample's gold answer as text without reasoning, in the structure's answer part; None where it has none."""
+        text = reference(sample)
+        return text if text is None or self.structure == "plain" else f"<answer>{text}</answer>"
 
 
 def _reasoning(text: str) -> str:

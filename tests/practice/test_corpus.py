@@ -250,8 +250,8 @@ def test_conform(text: str, conformed: str | None) -> None:
 def test_other_structures_and_files(tmp_path: Path) -> None:
     assert PromptTemplate(structure="answer").conform("so \\boxed{3}") == "<answer>3</answer>"
     assert PromptTemplate(structure="plain").conform(" 3 ") == "3"
-    assert PromptTemplate().bare(["pick", "place"]) == "<answer>pick\nplace</answer>"
-    assert PromptTemplate(structure="plain").bare(3) == "3"
+    assert PromptTemplate(structure="answer").bare(sample("s")) == "<answer>3</answer>"
+    assert PromptTemplate(structure="plain").bare(sample("s")) == "3"
     path = tmp_path / "prompt.yaml"
     path.write_text("system: be brief\nstructure: answer\ninstructions: {counting: '', mine: do it}\n")
     template = load_template(str(path))
