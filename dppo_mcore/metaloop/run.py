@@ -34,6 +34,7 @@ from dppo_mcore.types import Prompt, Sample
 POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "eval_data",
          "eval-general": "eval_general_data"}  # fmt: skip
 """Pool names and the options that name their manifests."""
+GENERAL = ("general", "eval-general")
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Run:
         return self._ledger
 
     def sample(self, pool: str, sample_id: str) -> Sample:
-        """A sample with the system prompt and instruction of its objective."""
-        return self.template.apply(self.pools[pool].get(sample_id))
+        """A sample with the instruction of its objective and the system prompt, general ones where it fits them."""
+        apply = self.template.apply_to_general if pool in GENERAL else self.template.apply
+        return apply(self.pools[pool].get(sample_id))
 
     def say(self, line: str) -> None:
         """One line on rank 0's screen and in every log file."""
