@@ -171,7 +171,7 @@ def teacher_of(run: Run, horizon: float | None) -> Teacher | None:
             plans = [run.processor.plan_of(medium, horizon) for medium in sample.media]
             return [run.processor.decoder(plan).permute(0, 2, 3, 1).numpy() for plan in plans]
 
-    return make_teacher(run.config.practice, frames, os.environ.get(KEY_VARIABLE, ""))
+    return make_teacher(run.config.practice, frames, os.environ.get(KEY_VARIABLE, ""), run.template.instructions)
 
 
 def finish(run: Run, phase: PhasePlan, reason: str) -> None:

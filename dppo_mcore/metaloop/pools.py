@@ -21,6 +21,7 @@ POOLS = {"rl": "data", "general": "general_data", "base": "base_data", "eval": "
          "eval-general": "eval_general_data"}  # fmt: skip
 """Pool names and the options that name their manifests."""
 HELD_OUT = ("eval", "eval-general")
+GENERAL = ("general", "eval-general")
 NAMED = 5
 """Objectives or sources that a warning names."""
 

@@ -18,7 +18,7 @@ from dppo_mcore.learn.checkpoint import Saver, load_start
 from dppo_mcore.learn.offload import Offloader
 from dppo_mcore.learn.state import Learner
 from dppo_mcore.metaloop.exchange import Exchange
-from dppo_mcore.metaloop.pools import POOLS, check_ids, check_objectives, open_pools, remarks, samples_of
+from dppo_mcore.metaloop.pools import GENERAL, POOLS, check_ids, check_objectives, open_pools, remarks, samples_of
 from dppo_mcore.model.config import QwenConfig, load_qwen_config
 from dppo_mcore.model.model import QwenVL, build_model
 from dppo_mcore.practice.ledger import Ledger
@@ -92,8 +92,9 @@ class Run:
         return self._ledger
 
     def sample(self, pool: str, sample_id: str) -> Sample:
-        """A sample with the system prompt and instruction of its objective."""
-        return self.template.apply(self.pools[pool].get(sample_id))
+        """A sample with the instruction of its objective and the system prompt, general ones where it fits them."""
+        apply = self.template.apply_to_general if pool in GENERAL else self.template.apply
+        return apply(self.pools[pool].get(sample_id))
 
     def say(self, line: str) -> None:
         """One line on rank 0's screen and in every log file."""

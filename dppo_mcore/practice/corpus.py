@@ -70,7 +70,8 @@ def retrieved_candidates(
     related: Iterable[Related], ledger: Ledger, template: PromptTemplate, count_tokens: Callable[[str], int]
 ) -> list[Candidate]:
     """Related samples with the best answer known: the manifest's where it reasons, else the model's own verified one,
-    else the teacher's, else the manifest's bare one. Own answers keep the model's way of reasoning alive.
+    else the teacher's, else the bare gold answer, unless the template asks for reasoning. Own answers keep the model's
+    way of reasoning alive.
     """
     taught = {answer.sample_id: answer for answer in ledger.teacher_answers() if answer.kept}
     found = []
@@ -82,8 +83,8 @@ def retrieved_candidates(
             text, origin = own[0], f"own rollout of {own[1]}, step {own[2]}"
         if not text and sample.id in taught:
             text, origin = template.conform(taught[sample.id].text), f"answer of {taught[sample.id].model}"
-        if not text and sample.gold is not None:
-            text, origin = template.bare(sample.gold), "the gold answer without reasoning"
+        if not text:
+            text, origin = template.bare(sample), "the gold answer without reasoning"
         if text:
             why = f"{one.why()}; {origin}"
             found.append(Candidate(sample.id, "retrieved", text, count_tokens(text), why))
@@ -112,7 +113,8 @@ def general_candidates(
 ) -> list[Candidate]:
     """General data with answers, every objective and source in turn, so that each output format is replayed.
 
-    Answers stay as the data set wrote them: they're there to keep what the model already does.
+    Answers stay as the data set wrote them: they're there to keep what the model already does. Those that aren't in the
+    template's structure are learnt without its system prompt (`PromptTemplate.apply_to_general`).
     """
     strata: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
@@ -125,7 +127,9 @@ def general_candidates(
         for objective, source in sorted(strata):
             members = strata[objective, source]
             if turn < len(members):
-                text = members[turn].answer or template.bare(members[turn].gold)
+                text = template.replayed(members[turn])
+                if not text:
+                    continue
                 why = f"general replay: {objective}{' of ' + source if source else ''}"
                 found.append(Candidate(members[turn].id, "general", text, count_tokens(text), why))
     return found

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from dppo_mcore.rewards.extraction import BOXED, final_answer
 from dppo_mcore.rewards.format import TAGS, Structure, format_reward
+from dppo_mcore.rewards.reference import reference
 from dppo_mcore.types import Sample, Turn
 
 SYSTEM = {
@@ -54,14 +55,25 @@ class PromptTemplate:
 
     def apply(self, sample: Sample) -> Sample:
         """The sample with system turn and instruction; a system turn of its own stays."""
-        turns = list(sample.turns)
+        sample = self._instruct(sample)
+        if not self.system_text or any(turn.role == "system" for turn in sample.turns):
+            return sample
+        return replace(sample, turns=(Turn("system", self.system_text), *sample.turns))
+
+    def apply_to_general(self, sample: Sample) -> Sample:
+        """The same for general data, where the system prompt is left out if the sample's answer isn't what it asks for.
+
+        Learning such an answer under that prompt would teach the model to ignore it.
+        """
+        text = self.replayed(sample)
+        return self.apply(sample) if text is None or format_reward(text, self.structure) else self._instruct(sample)
+
+    def _instruct(self, sample: Sample) -> Sample:
         instruction = self.instructions.get(sample.objective, "")
-        if instruction:
-            last = turns[-1]
-            turns[-1] = Turn(last.role, f"{last.content}\n{instruction}")
-        if self.system_text and not any(turn.role == "system" for turn in turns):
-            turns.insert(0, Turn("system", self.system_text))
-        return replace(sample, turns=tuple(turns))
+        if not instruction:
+            return sample
+        *before, last = sample.turns
+        return replace(sample, turns=(*before, Turn(last.role, f"{last.content}\n{instruction}")))
 
     def conform(self, text: str) -> str | None:
         """`text` in the structure asked for, its reasoning and final answer kept; None where it can't be.
@@ -82,13 +94,14 @@ class PromptTemplate:
         framed = f"<think>{thought}</think>\n<answer>{answer}</answer>"
         return framed if format_reward(framed, self.structure) else None
 
-    def bare(self, gold: Any) -> str:
-        """A gold answer as text without reasoning, in the structure's answer part."""
-        if isinstance(gold, list | tuple) and all(isinstance(item, str) for item in gold):
-            text = ", ".join(gold) if all(len(item) == 1 for item in gold) else "\n".join(gold)
-        else:
-            text = str(gold)
-        return text if self.structure == "plain" else f"<answer>{text}</answer>"
+    def bare(self, sample: Sample) -> str | None:
+        """A sample's gold answer as text in the structure asked for; None where that asks for reasoning."""
+        text = None if self.structure == "think-answer" else reference(sample)
+        return f"<answer>{text}</answer>" if text is not None and self.structure == "answer" else text
+
+    def replayed(self, sample: Sample) -> str | None:
+        """What general data teaches: its answer as the data set wrote it, else the gold answer, if need be as it is."""
+        return sample.answer or self.bare(sample) or reference(sample)
 
 
 def _reasoning(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,10 +93,20 @@ class FileTeacher:
 
 
 class EndpointTeacher:
-    """Answers from an OpenAI-compatible endpoint, which sees the question and the clip."""
+    """Answers from an OpenAI-compatible endpoint, which sees the question, the clip and how the answer is scored."""
 
-    def __init__(self, client: ChatClient, media_parts: MediaParts, *, max_tokens: int, temperature: float) -> None:
+    def __init__(
+        self,
+        client: ChatClient,
+        media_parts: MediaParts,
+        *,
+        max_tokens: int,
+        temperature: float,
+        instructions: Mapping[str, str] | None = None,
+    ) -> None:
+        """`instructions` by objective follow the question, as they do for the model."""
         self.model = client.model
+        self.instructions = instructions or {}
         self._client = client
         self._media_parts = media_parts
         self._max_tokens = max_tokens
@@ -109,6 +119,8 @@ class EndpointTeacher:
         except (OSError, ValueError) as error:
             raise TeacherGaveUpError(f"media of {sample.id} can't be read: {error}") from error
         question = sample.turns[-1].content.replace("<image>", "").replace("<video>", "").strip()
+        if instruction := self.instructions.get(sample.objective):
+            question = f"{question}\n{instruction}"
         ask = ASK if round_ == 0 else SHOW_GOLD.format(gold=sample.gold)
         content = [*shown, {"type": "text", "text": f"{question}\n\n{ask}"}]
         messages: list[dict[str, Any]] = [
@@ -118,8 +130,10 @@ class EndpointTeacher:
         return self._client.chat(messages, self._max_tokens, self._temperature, seed=index)
 
 
-def make_teacher(config: PracticeConfig, frames: Frames, key: str = "") -> Teacher | None:
-    """The configured teacher: a file of answers, an endpoint (with its key), or none."""
+def make_teacher(
+    config: PracticeConfig, frames: Frames, key: str = "", instructions: Mapping[str, str] | None = None
+) -> Teacher | None:
+    """The configured teacher: a file of answers, an endpoint (with its key and instructions by objective), or none."""
     if config.teacher_file:
         return FileTeacher(config.teacher_file)
     if not config.teacher_url:
@@ -133,7 +147,13 @@ def make_teacher(config: PracticeConfig, frames: Frames, key: str = "") -> Teach
         requests_per_minute=config.teacher_requests_per_minute,
     )
     parts = media_parts(config.teacher_media, frames)
-    return EndpointTeacher(client, parts, max_tokens=config.teacher_max_tokens, temperature=config.teacher_temperature)
+    return EndpointTeacher(
+        client,
+        parts,
+        max_tokens=config.teacher_max_tokens,
+        temperature=config.teacher_temperature,
+        instructions=instructions,
+    )
 
 
 def choose(answers: Iterable[TeacherAnswer]) -> dict[str, TeacherAnswer]:
@@ -187,7 +207,7 @@ def collect(
     requests of the whole run (0: no bound). With `vote_share`, a kept answer must agree with that share of its
     sample's. Asking again after an interruption asks only for what is missing; `stopped` is such an interruption: it
     is looked at every second, and requests in flight are then left to themselves. `samples` are bare questions, without
-    the model's own prompt template: the teacher is told how to answer here.
+    the model's own prompt template: the teacher has the template's instructions and is told here how to reason.
     """
     wanted = [(sample, 0, index) for sample in samples for index in range(answers)]
     asked, reason = _ask(ledger, phase, wanted, teacher, score, concurrency, budget, stopped)

@@ -202,8 +202,17 @@ _ARTICLES = re.compile(r"\b(?:the|an?)\b ?")
 def canonical(answer: str) -> str:
     """For exact comparison: lower case, no articles, no outer punctuation, single spaces."""
     text = _SPACES.sub(" ", plain(answer)).lower()
-    bare = _ARTICLES.sub("", text).strip(_OUTER)
-    return bare or text.strip(_OUTER)
+    bare = _ARTICLES.sub("", text).strip(OUTER)
+    return bare or text.strip(OUTER)
 
 
-_OUTER = " .,;:!?\"'()[]{}<>"
+OUTER = " .,;:!?\"'()[]{}<>"
+_WHOLE_NUMBER = re.compile(
+    r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300})(?:[eE][-+]?\d{1,3})?"
+)
+
+
+def comparable(answer: str) -> str:
+    """Equal for answers that say the same: a number and nothing else by its value, anything else `canonical`."""
+    text = plain(answer[:4096]).rstrip(" .")
+    return repr(float(text.replace(",", ""))) if _WHOLE_NUMBER.fullmatch(text) else canonical(answer)

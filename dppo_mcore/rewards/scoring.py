@@ -30,7 +30,7 @@ class Rubric:
 DEFAULT_RUBRIC = Rubric()
 
 
-def _plain_gold(sample: Sample) -> Sample:
+def plain_gold(sample: Sample) -> Sample:
     """A gold answer that is a whole reference answer (thought, tags, box) stands for its final answer."""
     gold = sample.gold
     if isinstance(gold, str) and ("<answer>" in gold or BOXED in gold or "</think>" in gold):
@@ -59,7 +59,7 @@ def failed(error: str) -> Score:
 def score(sample: Sample, text: str, rubric: Rubric = DEFAULT_RUBRIC) -> Score:
     """Score an answer. A scorer that raises gives 0 and its error; nothing an answer holds raises here."""
     try:
-        task = float(scorer_of(sample.objective)(_plain_gold(sample), final_answer(text)))
+        task = float(scorer_of(sample.objective)(plain_gold(sample), final_answer(text)))
     except (Exception, SystemExit) as error:
         return failed(f"{type(error).__name__}: {error}"[:2000])
     if not math.isfinite(task):

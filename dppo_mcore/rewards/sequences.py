@@ -5,21 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
-from dppo_mcore.rewards.extraction import canonical
+from dppo_mcore.rewards.extraction import canonical, normalise
 
 MAX_ITEMS = 512
 _SEPARATORS = re.compile(r"\n|->|=>|→|⇒|>|;|\\rightarrow|\\to\b")
 _NUMBERED = re.compile(r"(?:^|(?<=\s))(?:step\s{0,3})?\d{1,3}\s?[.):](?=[\sA-Za-z])", re.IGNORECASE)
 _BULLET = re.compile(r"^\s*(?:[-*•]|(?:step\s*)?\d{1,3}\s?[.):-]|\((?:\d{1,3}|[a-z])\)|[a-z]\))\s*", re.IGNORECASE)
+_MARK = re.compile(r"\s*\(?(\d{1,3}|[A-Za-z])\)\s*")
+_CAPITALS = re.compile(r"(?<![A-Za-z])[A-Z](?![a-z])|(?<=[A-Z])[A-Z]")
+_ALONE = re.compile(r"(?<![A-Za-z0-9'])[A-Za-z](?![A-Za-z0-9'])")
 _FENCE = re.compile(r"```[A-Za-z]{0,16}")
 _THEN = re.compile(r",?\s?\b(?:and then|then|next|finally|after that)\b,?", re.IGNORECASE)
+
+
+def gold_items(gold: Sequence[Any]) -> tuple[list[str], bool]:
+    """A gold list's items in canonical form, and whether all are single letters."""
+    texts = [normalise(str(item)) for item in gold]
+    items = [_item(text) or canonical(text) for text in texts]
+    return items, all(len(item) == 1 and item.isalpha() for item in items)
 
 
 def ordered_items(answer: str, letters: bool = False) -> list[str]:
     """Items of a list in order, in canonical form: JSON, lines, numbers, arrows or commas. At most `MAX_ITEMS`.
 
-    `letters`: the items are single letters, so "BCA" and "B-C-A" are lists too.
+    `letters`: the items are single letters, so where the list doesn't fall apart into such, "BCA" and "B-C-A" are
+    lists too.
     """
     answer = _FENCE.sub("", answer).strip()
     if answer.startswith(("[", "{")):
@@ -30,15 +43,27 @@ def ordered_items(answer: str, letters: bool = False) -> list[str]:
         if isinstance(parsed, dict) and len(parsed) == 1:
             (parsed,) = parsed.values()
         if isinstance(parsed, list):
-            return [text for item in parsed[:MAX_ITEMS] if (text := canonical(str(item)))]
+            return [text for item in parsed[:MAX_ITEMS] if (text := _item(str(item)))]
         answer = answer.strip("[]")
-    if letters:
-        return [letter.lower() for letter in re.findall(r"(?<![A-Za-z])[A-Z]|(?<=[A-Z])[A-Z]", answer)[:MAX_ITEMS]]
     parts = _SEPARATORS.split(_NUMBERED.sub("\n", answer))
     if sum(bool(part.strip()) for part in parts) <= 1:
         parts = _THEN.sub(",", answer).split(",")
-    items = (canonical(_BULLET.sub("", part[:2048])) for part in parts)
-    return [item for item, _ in zip(filter(None, items), range(MAX_ITEMS), strict=False)]
+    if letters and any(sum(map(str.isalnum, part)) > 1 for part in parts):
+        return _letters(answer)
+    return list(islice(filter(None, map(_item, parts)), MAX_ITEMS))
+
+
+def _item(text: str) -> str:
+    """Canonical form without a bullet or number in front; a mark that stands alone ("(b)", "2)") is the item."""
+    text = text[:2048]
+    mark = _MARK.fullmatch(text)
+    return canonical(mark.group(1) if mark else _BULLET.sub("", text))
+
+
+def _letters(answer: str) -> list[str]:
+    """Letters that stand alone or in a run of capitals; small ones count where there aren't two capitals."""
+    found = _CAPITALS.findall(answer)
+    return [letter.lower() for letter in (found if len(found) > 1 else _ALONE.findall(answer))[:MAX_ITEMS]]
 
 
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:

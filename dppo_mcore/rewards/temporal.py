@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dppo_mcore.rewards.choice import choice_reward
-from dppo_mcore.rewards.extraction import canonical
 from dppo_mcore.rewards.registry import objective
-from dppo_mcore.rewards.sequences import ordered_items, pair_agreement
+from dppo_mcore.rewards.sequences import gold_items, ordered_items, pair_agreement
 from dppo_mcore.types import Sample
 
 
@@ -14,5 +13,5 @@ def temporal(sample: Sample, answer: str) -> float:
     """A list as gold answer: normalised Kendall tau, (tau + 1) / 2. Otherwise the right option."""
     if not isinstance(sample.gold, list | tuple):
         return choice_reward(sample, answer)
-    gold = [canonical(str(item)) for item in sample.gold]
-    return pair_agreement(ordered_items(answer, letters=all(len(item) == 1 for item in gold)), gold)
+    gold, letters = gold_items(sample.gold)
+    return pair_agreement(ordered_items(answer, letters), gold)

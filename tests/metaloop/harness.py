@@ -126,7 +126,7 @@ class Oracle:
                 time.sleep(seconds)
                 parts = json.loads(raw)["messages"][-1]["content"]
                 oracle.images.add(len(parts) - 1)
-                text = parts[-1]["text"].split("\n\n")[0].strip()
+                text = parts[-1]["text"].split("\n")[0].strip()
                 known = sorted(by_question[text])
                 answer = known[int(sha256(raw).hexdigest(), 16) % len(known)]
                 content = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dppo_mcore.config import PracticeConfig
-from dppo_mcore.practice.corpus import Candidate, general_candidates, mix, own_candidates
+from dppo_mcore.practice.corpus import Candidate, general_candidates, mix, own_candidates, retrieved_candidates
 from dppo_mcore.practice.curriculum import horizon, schedule
 from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
 from dppo_mcore.practice.prompts import INSTRUCTIONS, PromptTemplate, load_template
@@ -232,6 +232,49 @@ def test_prompt_and_format_reward_agree() -> None:
 
 
 @pytest.mark.parametrize(
+    ("structure", "answer", "gold", "learnt", "asked"),
+    [
+        ("think-answer", "four", 4, "four", False),
+        ("think-answer", None, 4, "4", False),
+        ("think-answer", "<answer>four</answer>", 4, "<answer>four</answer>", False),
+        ("think-answer", "<think>add</think><answer>4</answer>", 4, "<think>add</think><answer>4</answer>", True),
+        ("answer", "four", 4, "four", False),
+        ("answer", None, 4, "<answer>4</answer>", True),
+        ("plain", "four", 4, "four", True),
+        ("plain", None, 4, "4", True),
+        ("think-answer", None, None, None, True),
+    ],
+)
+def test_general_data_is_never_learnt_against_the_system_prompt(
+    structure: Any, answer: str | None, gold: Any, learnt: str | None, asked: bool
+) -> None:
+    """Where an answer isn't what the system prompt asks for, the prompt isn't there; the instruction is."""
+    template = PromptTemplate(structure=structure)
+    row = Sample("g", "exact", (Turn("user", "2 + 2?"),), gold=gold, answer=answer)
+    assert [c.answer for c in general_candidates([row], template, len, seed=0)] == ([] if learnt is None else [learnt])
+    shown = template.apply_to_general(row)
+    assert [turn.role for turn in shown.turns] == (["system", "user"] if asked else ["user"])
+    assert shown.turns[-1].content == f"2 + 2?\n{INSTRUCTIONS['exact']}"
+    assert learnt is None or asked == bool(format_reward(learnt, structure))
+    own = Sample("g", "exact", (Turn("system", "mine"), Turn("user", "q")), answer=answer, gold=gold)
+    assert template.apply_to_general(own).turns[0].content == "mine"
+    silent = PromptTemplate(system="", structure=structure)
+    assert silent.apply_to_general(row) == silent.apply(row)
+
+
+@pytest.mark.parametrize(("structure", "answers"), [("think-answer", []), ("answer", ["<answer>3</answer>"])])
+def test_a_bare_gold_answer_is_not_retrieved_where_reasoning_is_asked_for(
+    ledger: Ledger, structure: Any, answers: list[str]
+) -> None:
+    """It would teach the model to leave the thought out, which the format reward calls wrong."""
+    ledger.add_samples([sample("p")], "rl")
+    related = retrieve([sample("w")], [sample("p")])
+    found = retrieved_candidates(related, ledger, PromptTemplate(structure=structure), len)
+    assert [one.answer for one in found] == answers
+    assert all(format_reward(one.answer, structure) for one in found)
+
+
+@pytest.mark.parametrize(
     ("text", "conformed"),
     [
         ("<think>a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"),
@@ -250,8 +293,8 @@ def test_conform(text: str, conformed: str | None) -> None:
 def test_other_structures_and_files(tmp_path: Path) -> None:
     assert PromptTemplate(structure="answer").conform("so \\boxed{3}") == "<answer>3</answer>"
     assert PromptTemplate(structure="plain").conform(" 3 ") == "3"
-    assert PromptTemplate().bare(["pick", "place"]) == "<answer>pick\nplace</answer>"
-    assert PromptTemplate(structure="plain").bare(3) == "3"
+    assert PromptTemplate(structure="answer").bare(sample("s")) == "<answer>3</answer>"
+    assert PromptTemplate(structure="plain").bare(sample("s")) == "3"
     path = tmp_path / "prompt.yaml"
     path.write_text("system: be brief\nstructure: answer\ninstructions: {counting: '', mine: do it}\n")
     template = load_template(str(path))

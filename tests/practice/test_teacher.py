@@ -19,6 +19,7 @@ import pytest
 from dppo_mcore.config import PracticeConfig
 from dppo_mcore.practice import teacher_client
 from dppo_mcore.practice.ledger import Ledger, PhasePlan, TeacherAnswer
+from dppo_mcore.practice.prompts import INSTRUCTIONS, PromptTemplate
 from dppo_mcore.practice.teacher import EndpointTeacher, FileTeacher, choose, collect, make_teacher, vote
 from dppo_mcore.practice.teacher_client import ChatClient, TeacherDownError, TeacherRefusedError
 from dppo_mcore.practice.teacher_media import media_parts, thin
@@ -243,6 +244,32 @@ def test_second_round_shows_the_gold_answer(ledger: Ledger, serve: Any) -> None:
     assert [(a.round, a.index, a.kept) for a in ledger.teacher_answers(PHASE)] == [
         (0, 0, False), (0, 1, False), (1, 0, True),
     ]  # fmt: skip
+
+
+def test_the_teacher_is_told_how_its_answer_is_scored(ledger: Ledger, serve: Any, tmp_path: Path) -> None:
+    """The objective's instruction follows the question, once, in both rounds, and in what is learnt from the answer."""
+    endpoint = serve(lambda *_: said("<think>?</think><answer>(99, 99)</answer>"))
+    template = PromptTemplate()
+    config = PracticeConfig(teacher_url=endpoint.url, teacher_model="big")
+    made = make_teacher(config, lambda _: [], instructions=template.instructions)
+    assert made is not None
+    where = Sample("s0", "affordance", (Turn("system", "mine"), Turn("user", "Where?")), gold=[[0, 0], [1, 0], [1, 1]])
+    collect(ledger, PHASE, [where, sample(1)], made, scores, answers=1, show_gold=True)
+    asked = [request["messages"] for request in endpoint.requests]
+    texts = [messages[-1]["content"][-1]["text"] for messages in asked]
+    instruction = INSTRUCTIONS["affordance"]
+    assert sorted(text.split("\n\n")[0] for text in texts) == sorted(
+        [f"Where?\n{instruction}"] * 2 + [f"How many?\n{INSTRUCTIONS['counting']}"] * 2
+    )
+    assert all(len(messages) == 1 for messages in asked)  # no system prompt, the model's own neither
+    assert sum("The right answer is" in text for text in texts) == 2
+    # The lesson made from an answer has the question as the model is asked it, the instruction once.
+    assert template.apply(where).turns[-1].content == f"Where?\n{instruction}"
+    assert "share of" not in ledger.teacher_answers(PHASE, "s0")[0].text
+    silent = make_teacher(config, lambda _: [], instructions={"counting": ""})
+    assert silent is not None
+    silent.answer(sample(2), 0, 0)
+    assert endpoint.requests[-1]["messages"][-1]["content"][-1]["text"].startswith("How many?\n\n")
 
 
 def test_down_half_way_then_resumed(ledger: Ledger, serve: Any) -> None:

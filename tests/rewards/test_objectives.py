@@ -90,6 +90,25 @@ def test_choice() -> None:
     assert task("temporal", "red", "red") == 1
 
 
+@pytest.mark.parametrize("objective", ["temporal", "prediction", "exact"])
+def test_choice_among_short_texts(objective: str) -> None:
+    """Options of one character, numbers among them, are found by letter and by text alike."""
+    numbers = ["2", "3", "4"]
+    for gold in ("3", 3, 3.0, "B", "b", "B. 3"):
+        for answer in ("B", "b", "(B)", "B. 3", "3", "3.0", "It is B"):
+            assert task(objective, gold, answer, options=numbers) == 1, (gold, answer)
+        for answer in ("A", "2", "C. 4", "9", "none"):
+            assert task(objective, gold, answer, options=numbers) == 0, (gold, answer)
+    for gold in ("2", 2, "blue"):
+        for answer in ("2", "(2)", "2. blue", "blue"):
+            assert task(objective, gold, answer, options={"1": "red", "2": "blue"}) == 1, (gold, answer)
+        assert task(objective, gold, "1. red", options={"1": "red", "2": "blue"}) == 0
+    # "A" is the letter of the first option and the text of the second: it's read as the letter.
+    mixed = ["B", "A", "C"]
+    assert [task(objective, "B", answer, options=mixed) for answer in ("B", "b", "B. A", "A", "C")] == [1, 1, 1, 0, 0]
+    assert task(objective, "x", "x") == task(objective, "é", "é") == 1
+
+
 def test_order() -> None:
     # Of the three pairs of (red, blue, green) two agree: tau = 1/3, (tau + 1) / 2 = 2/3.
     assert task("temporal", ["red", "blue", "green"], "red, green, blue") == pytest.approx(2 / 3)
@@ -97,6 +116,21 @@ def test_order() -> None:
     assert task("temporal", ["red", "blue", "green"], "red, blue") == pytest.approx(1 / 3)
     assert task("temporal", ["A", "B", "C"], "ACB") == pytest.approx(2 / 3)
     assert pair_agreement(["a", "a", "b"], ["a", "b"]) == 1
+
+
+@pytest.mark.parametrize("objective", ["temporal", "planning"])
+def test_orders_of_digits_and_letters(objective: str) -> None:
+    for gold in ([2, 1, 3], ["2", "1", "3"], ["(2)", "(1)", "(3)"]):
+        for answer in ("2, 1, 3", "2\n1\n3", "1. 2\n2. 1\n3. 3", "2 -> 1 -> 3", "[2, 1, 3]", "(2), (1), (3)"):
+            assert task(objective, gold, answer) == 1, (gold, answer)
+        assert task(objective, gold, "3, 1, 2") < 1
+    orders = ["b, a, c", "B, A, C", "BAC", "B-A-C", "b-a-c", "(b), (a), (c)", "B) A) C)", "1. B\n2. A\n3. C",
+              "The order is b, a, c", "The order is B, A, C", '["b", "a", "c"]', "B. go, A. do, C. be"]  # fmt: skip
+    for gold in (["b", "a", "c"], ["B", "A", "C"], ["B.", "A.", "C."]):
+        for answer in orders:
+            assert task(objective, gold, answer) == 1, (gold, answer)
+        assert task(objective, gold, "c, a, b") < 1
+    assert task(objective, ["1. pick up", "2. place"], "1. Pick up\n2. Place") == 1
 
 
 def test_success() -> None:
@@ -135,6 +169,8 @@ def test_exact() -> None:
     assert task("exact", ["Paris", "Lutetia"], "lutetia") == 1
     assert task("exact", "12", "13") == 0
     assert task("exact", "C", "C) third") == 1
+    assert task("exact", ".5", "5") == 0 and task("exact", ".5", "0.5") == task("exact", 1e-7, "1e-7") == 1
+    assert task("exact", True, "true") == 1
 
 
 def test_reference_answer_as_gold() -> None:
