@@ -12,7 +12,6 @@ from dppo_mcore.config import Config, DataConfig, ParallelConfig
 from dppo_mcore.data.ahead import PromptSource
 from dppo_mcore.data.loader import divide, home_of
 from dppo_mcore.data.messages import Request
-from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.metaloop.exchange import Exchange
 from dppo_mcore.metaloop.rolling import agreed, announce, load_prompts, owed
 from dppo_mcore.runtime import parallel
@@ -56,18 +55,17 @@ def test_what_comes_next_is_decoded_meanwhile(tiny_dir: str, tmp_path: Path) -> 
     source.close()
 
 
-def read_differently(layout: ParallelConfig) -> tuple[list[str], list[str]]:
-    """Each rank failed on a clip of its own; what is left, and what is quarantined here."""
+def read_differently(layout: ParallelConfig) -> list[str]:
+    """Each rank failed on a clip of its own; what is left."""
     parallel.reinit(layout, seed=0)
-    exchange, quarantine = Exchange.join(), Quarantine()
-    run = cast(Any, SimpleNamespace(exchange=exchange, source=SimpleNamespace(quarantine=quarantine)))
+    run = cast(Any, SimpleNamespace(exchange=(exchange := Exchange.join())))
     names = [name for name in "abcd" if name != "ad"[exchange.rank]]
     left = agreed(run, [Prompt(Sample(name, "success", ()), (1,)) for name in names])
-    return [prompt.sample.id for prompt in left], [name for name in "abcd" if name in quarantine]
+    return [prompt.sample.id for prompt in left]
 
 
 def test_ranks_of_a_replica_leave_out_what_one_of_them_could_not_read(pool2: RankPool) -> None:
     """Else one would answer for another prompt than its neighbour. Replicas of their own keep what they have."""
     tensor = ParallelConfig(tensor_model_parallel_size=2)
-    assert pool2.run(read_differently, tensor) == [(["b", "c"], ["d"]), (["b", "c"], ["a"])]
-    assert pool2.run(read_differently, ParallelConfig()) == [(["b", "c", "d"], []), (["a", "b", "c"], [])]
+    assert pool2.run(read_differently, tensor) == [["b", "c"], ["b", "c"]]
+    assert pool2.run(read_differently, ParallelConfig()) == [["b", "c", "d"], ["a", "b", "c"]]
