@@ -167,8 +167,11 @@ def _stagnation(practice: dict[str, Any]) -> dict[str, Any]:
 
 def facts(run: Run, plan: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts for the header, and the resolved configuration."""
+
+    def one(query: str) -> Any:
+        return run.rows(query)[0][0] or 0
+
     begun = [phase for phase in plan if phase["started_at"]]
-    one = lambda query: run.rows(query)[0][0] or 0  # noqa: E731
     file = run.folder / "config.yaml"
     config = file.read_text() if file.exists() else ""
     sections = _sections(config)
