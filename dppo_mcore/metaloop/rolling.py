@@ -152,8 +152,8 @@ def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None)
 def agreed(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Those that all ranks of the replica could read. Collective over the replica.
 
-    Each rank decodes for itself, and all must do the same work: what one failed on, a lost worker's clip for instance, is
-    in that rank's quarantine and left out by all.
+    Each rank decodes for itself, and all must do the same work: what one failed on, a lost worker's clip for instance,
+    is in that rank's quarantine and left out by all.
     """
     common = run.exchange.common([prompt.sample.id for prompt in prompts])
     return [prompt for prompt in prompts if prompt.sample.id in common]
