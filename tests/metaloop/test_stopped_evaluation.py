@@ -119,6 +119,7 @@ def test_a_stop_is_seen_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert events[3:] == ["eval eval 3/0", "eval eval 3/2", "asleep"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_nothing_and_says_so(tiny_dir: str, tmp_path: Path) -> None:
     """Status 1: no answer is kept that a second start could go on from."""
     data = tmp_path / "eval.jsonl"
