@@ -228,7 +228,8 @@ class PromptSource:
             self._damaged(request, answer.error)
             return None
         assert answer.prompt is not None
-        for media, planned in zip(request.sample.media, answer.prompt.media, strict=True):
+        # A conversation that was cut has only the first of its media.
+        for media, planned in zip(request.sample.media, answer.prompt.media, strict=False):
             self.processor.remember(media, request.horizon, planned.plan)
         return self._keep(request, answer.prompt)
 
