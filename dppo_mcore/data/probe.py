@@ -104,7 +104,7 @@ def _demux(path: str, container: Any) -> ClipInfo:
         raise MediaError(path, errors.FRAME_COUNT, "the container holds no frame")
     alone = unseen == 0 and len(container.streams.video) == 1
     info = _timeline(path, stream, rows, _rotation(path, container, stream), alone)
-    _check_complete(path, stream, info)
+    _check_complete(path, stream, info, min((row[0] for row in rows if row[0] is not None), default=0))
     return info
 
 
@@ -169,14 +169,15 @@ def _is_closed(ticks: list[Any], keys: list[bool]) -> bool:
     return keys[0]
 
 
-def _check_complete(path: str, stream: Any, info: ClipInfo) -> None:
+def _check_complete(path: str, stream: Any, info: ClipInfo, first_pts: int) -> None:
     """A header that promises clearly more than what was found means that the file's end is missing."""
     whole = float((stream.duration or 0) * stream.time_base)
     count = len(info.times)
     # Headers also count frames that an edit list cuts off or an AVI leaves out: no loss where the time is all there.
     if stream.frames > count * 1.02 + 2 and (not whole or info.duration < 0.98 * whole):
         raise MediaError(path, errors.TRUNCATED, f"the header says {stream.frames} frames, {count} are there")
-    promised = _promised_seconds(stream)
+    # Matroska's tag is the time at which the stream ends, however late it began.
+    promised = _promised_seconds(stream) - max(first_pts, 0) * float(stream.time_base)
     if promised > info.duration * 1.05 + 0.5:
         raise MediaError(path, errors.TRUNCATED, f"the header says {promised:.2f} s, {info.duration:.2f} s are there")
 

@@ -18,7 +18,7 @@ from dppo_mcore.data.decode_pyav import PyAvDecoder
 from dppo_mcore.data.errors import MediaError
 from dppo_mcore.data.frames import plan_media
 from dppo_mcore.data.patches import Geometry
-from dppo_mcore.data.probe import probe
+from dppo_mcore.data.probe import _promised_seconds, probe
 from dppo_mcore.types import Media
 from tests.data.clips import CODECS, read_number, write_clip
 
@@ -159,6 +159,21 @@ def test_a_clip_that_ends_between_two_frames_is_truncated(tmp_path: Path) -> Non
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:end])
     with pytest.raises(MediaError, match="truncated .the header says 40 frames, 26 are there"):
         probe(str(tmp_path / "cut.mp4"))
+
+
+@pytest.mark.parametrize("late", [3.0, 100.0])
+def test_a_matroska_clip_that_starts_late_is_whole(late: float, tmp_path: Path) -> None:
+    """Its duration tag is the time of its end, as in a segment whose timestamps run on; half of it is truncated."""
+    path = write_clip(tmp_path / "late.webm", "vp9", times=[late + n / 8 for n in range(40)])
+    with av.open(str(path)) as container:
+        assert _promised_seconds(container.streams.video[0]) == pytest.approx(late + 5, abs=0.2)
+    info = probe(str(path))
+    assert info.times[0] == 0 and info.duration == pytest.approx(5.0, abs=0.01)
+    with av.open(str(path)) as container:
+        end = next(packet.pos for number, packet in enumerate(container.demux(video=0)) if number == 20)
+    (tmp_path / "cut.webm").write_bytes(path.read_bytes()[:end])
+    with pytest.raises(MediaError, match="truncated .the header says 5.* s, 2.* s are there"):
+        probe(str(tmp_path / "cut.webm"))
 
 
 PIXELS = [("h264", "yuv420p10le"), ("hevc", "yuv420p10le"), ("vp9", "yuva420p"), ("h264", "gray"), ("h264", "yuv422p")]
