@@ -18,6 +18,8 @@ from dppo_mcore.data.errors import MediaError
 av.logging.set_level(av.logging.PANIC)
 
 IMAGE_FORMATS = ("image2", "_pipe")
+# In h264: the type of a unit of a picture that nothing after it refers beyond, and what marks units in a byte stream.
+IDR, START_CODE = 5, b"\0\0\1"
 # A plan is followed by its decoding, seldom by another look; an hour's clip takes 2 MB.
 CLIPS_KEPT = 64
 
@@ -32,7 +34,7 @@ class ClipInfo:
     pts: np.ndarray | None
     """int64 [N] in stream units; None where the container has none or repeats them: frames are then counted."""
     keyframes: np.ndarray
-    """bool [N]."""
+    """bool [N]: those that decoding can start at as if nothing came before."""
     closed: bool
     """No frame decoded after a key frame is shown before it: groups of pictures can be skipped whole."""
     duration: float
@@ -99,7 +101,7 @@ def _demux(path: str, container: Any) -> ClipInfo:
             continue
         if packet.is_corrupt:
             raise MediaError(path, errors.TRUNCATED, f"packet {len(rows)} is incomplete")
-        rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0))
+        rows.append((packet.pts, packet.dts, packet.is_keyframe and _is_entry(codec, packet), packet.duration or 0))
     if not rows:
         raise MediaError(path, errors.FRAME_COUNT, "the container holds no frame")
     alone = unseen == 0 and len(container.streams.video) == 1
@@ -111,6 +113,26 @@ def _demux(path: str, container: Any) -> ClipInfo:
 def _is_hidden(codec: str, packet: Any) -> bool:
     """VP8 stores frames that are never shown as packets of their own; its header's fifth bit tells."""
     return codec in ("vp8", "libvpx") and not memoryview(packet)[0] >> 4 & 1
+
+
+def _is_entry(codec: Any, packet: Any) -> bool:
+    """FFmpeg also calls an h264 picture key from which on the picture only recovers bit by bit (intra refresh)."""
+    if codec.name != "h264":
+        return True
+    header = codec.extradata or b""
+    return IDR in _nal_types(bytes(packet), (header[4] & 3) + 1 if len(header) > 4 and header[0] == 1 else None)
+
+
+def _nal_types(content: bytes, length_bytes: int | None) -> Iterator[int]:
+    """Types of an h264 packet's units, which follow their length (MP4, Matroska) or a start code (`None`)."""
+    at = 0
+    while length_bytes is not None and at + length_bytes < len(content):
+        start = at + length_bytes
+        yield content[start] & 31
+        at = start + int.from_bytes(content[at:start])
+    while length_bytes is None and 0 <= (at := content.find(START_CODE, at)) < len(content) - len(START_CODE):
+        at += len(START_CODE)
+        yield content[at] & 31
 
 
 def _timeline(path: str, stream: Any, rows: list[tuple[Any, Any, bool, int]], rotation: int, alone: bool) -> ClipInfo:

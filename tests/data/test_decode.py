@@ -70,6 +70,24 @@ def test_skipping_changes_no_pixel(codec: str, tmp_path: Path) -> None:
         assert torch.equal(PyAvDecoder().decode(path, wanted, (64, 64)), whole[list(wanted)])
 
 
+REFRESHED = "intra-refresh=1:bframes=0:keyint=8:min-keyint=8"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_intra_refresh_has_no_groups_to_skip(suffix: str, tmp_path: Path) -> None:
+    """What the container calls key frames only begin a refresh; real ones are known in both framings."""
+    options = {"preset": "ultrafast", "g": "8"}
+    path = write_clip(tmp_path / f"x.{suffix}", options={**options, "x264-params": REFRESHED})
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) == 5
+    assert np.flatnonzero(probe(str(path)).keyframes).tolist() == [0]
+    whole = PyAvDecoder().decode(str(path), tuple(range(40)), (64, 64))
+    for wanted in ((3,), (20,), (39,), (12, 30)):
+        assert torch.equal(PyAvDecoder().decode(str(path), wanted, (64, 64)), whole[list(wanted)])
+    info = probe(str(write_clip(tmp_path / f"groups.{suffix}", options=options)))
+    assert np.flatnonzero(info.keyframes).tolist() == [0, 8, 16, 24, 32] and info.closed
+
+
 def test_refused_clips_go_to_the_next_backend_once(tmp_path: Path) -> None:
     """DALI has no h264 on a CPU: PyAV takes it, and both facts are counted."""
     path = clip(tmp_path, "h264", "constant")
