@@ -119,6 +119,15 @@ def test_dali_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         backend.decode(path, (0, 40), (28, 56))
 
 
+def test_dali_does_not_read_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is known before its bytes are in memory; PyAV takes it."""
+    path = clip(tmp_path, "vp9", "constant")
+    monkeypatch.setattr(decode_dali, "LARGEST_FILE", path.stat().st_size - 1)
+    monkeypatch.setattr(np, "fromfile", lambda *_: pytest.fail("the file was read"))
+    with pytest.raises(MediaError, match="less than 2 GiB"):
+        DaliDecoder(torch.device("cpu")).decode(str(path), (0, 5), (64, 64))
+
+
 def test_dali_knows_the_device_by_our_name_for_it() -> None:
     """Imperative mode has no device "mixed": a name it doesn't know would send every clip to PyAV unnoticed."""
     import nvidia.dali.experimental.dynamic as ndd
