@@ -40,7 +40,8 @@ PLANNED_TOKENS = 1 << 20
 class PromptSource:
     """Makes prompts from requests. Use from one thread; close it, or let the process end.
 
-    `take` and `stream` give None for a damaged sample, which is then in the quarantine. At most `decode_ahead`
+    `take`, `stream` and `plan` give None for a damaged sample, which is then in the quarantine, and for one that is too
+    long for the request, which is there for requests of this use. At most `decode_ahead`
     prompts are decoded and not yet taken.
     """
 
@@ -74,7 +75,7 @@ class PromptSource:
         """The decoded prompt; waits for it where it isn't ready."""
         self._backlog.pop(request.key, None)
         future = self._pending.pop(request.key, None)
-        if self.quarantine.of(request.sample):
+        if self.quarantine.of(request.sample, request.use):
             prompt = None
         elif future is None and (self._pool is None or self.processor.holds(request.sample, request.horizon)):
             prompt = self._here(request)
@@ -120,15 +121,15 @@ class PromptSource:
         """Whether every request can be planned without touching a file, or is known to be damaged."""
         plans = self.processor.plans
         return all(
-            self.quarantine.of(request.sample) is not None
+            self.quarantine.of(request.sample, request.use) is not None
             or all((media, request.horizon) in plans for media in request.sample.media)
             for request in requests
         )
 
     def plan(self, request: Request) -> Prompt | None:
-        """The prompt with its frame plans, nothing decoded; None for a damaged sample."""
+        """The prompt with its frame plans, nothing decoded; None for a damaged or too long one."""
         future = self._plans.pop(request.key, None)
-        if self.quarantine.of(request.sample):
+        if self.quarantine.of(request.sample, request.use):
             return None
         if future is None:
             try:
@@ -177,7 +178,9 @@ class PromptSource:
     def _pump(self) -> None:
         while self._pool and self._backlog and len(self._pending) < self._ahead:
             key, request = self._backlog.popitem(last=False)
-            if not self.quarantine.of(request.sample) and not self.processor.holds(request.sample, request.horizon):
+            if not self.quarantine.of(request.sample, request.use) and not self.processor.holds(
+                request.sample, request.horizon
+            ):
                 self._pending[key] = self._pool.submit(Task(_light(request)))
 
     def _here(self, request: Request) -> Prompt | None:
@@ -228,12 +231,13 @@ class PromptSource:
             self._damaged(request, answer.error)
             return None
         assert answer.prompt is not None
-        for media, planned in zip(request.sample.media, answer.prompt.media, strict=True):
+        # A conversation that was cut has only the first of its media.
+        for media, planned in zip(request.sample.media, answer.prompt.media, strict=False):
             self.processor.remember(media, request.horizon, planned.plan)
         return self._keep(request, answer.prompt)
 
     def _damaged(self, request: Request, error: DataError) -> None:
-        self.quarantine.add(request.sample.id, error, request.sample.media)
+        self.quarantine.add(request.sample.id, error, request.sample.media, request.use)
 
 
 def _light(request: Request) -> Request:

@@ -6,6 +6,8 @@ arithmetic as everywhere, so that a clip's patches don't depend on who decoded i
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,9 +43,9 @@ class DaliDecoder:
         # DALI fills up with black for a frame it doesn't have, and counts packets that nobody is shown.
         if not info.countable or max(indices) >= len(info.times):
             raise MediaError(path, errors.FRAME_COUNT, "DALI would count other frames than the plan")
-        encoded = np.fromfile(path, np.uint8)
-        if encoded.size > LARGEST_FILE:
+        if os.path.getsize(path) > LARGEST_FILE:
             raise MediaError(path, errors.UNREADABLE, "DALI reads clips of less than 2 GiB")
+        encoded = np.fromfile(path, np.uint8)
         step = max(FRAME_BYTES // (info.height * info.width * 3), 1)
         parts = [indices[at : at + step] for at in range(0, len(indices), step)]
         try:

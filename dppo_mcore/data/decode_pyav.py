@@ -67,7 +67,7 @@ def _wanted_frames(path: str, info: ClipInfo, wanted: dict[int, list[int]]) -> I
         for packet in container.demux(stream):
             if numbers is not None and packet.pts is not None:
                 index = numbers.get(packet.pts)
-                if index is not None and packet.is_keyframe:
+                if index is not None and info.keyframes[index]:
                     skipping = index in skipped
                 if skipping:
                     continue

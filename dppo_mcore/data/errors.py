@@ -20,6 +20,10 @@ class MediaError(DataError):
         return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+class LengthError(DataError):
+    """A prompt or conversation that is too long for what it was asked for; the sample may serve for something else."""
+
+
 MISSING = "missing file"
 OUTSIDE = "outside the media root"
 EMPTY = "zero bytes"
@@ -33,4 +37,5 @@ FRAME_COUNT = "wrong frame count"
 WINDOW = "empty clip window"
 SHAPE = "unusable frame size"
 CRASH = "decoder crashed"
+TOO_LONG = "too long"
 UNUSABLE = "unusable sample"

@@ -26,7 +26,7 @@ from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.schema import parse_row
 from dppo_mcore.types import Sample
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 LABELS = ("objective", "dimension", "source")
 RECENT = 4096
 """Samples that `get` remembers."""

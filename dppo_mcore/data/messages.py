@@ -35,11 +35,23 @@ class Request:
     sample: Sample
     horizon: float | None = None
     answer: str | None = None
+    limit: int | None = None
+    """A prompt of more tokens is refused before anything is decoded; conversations are cut instead."""
 
     @property
     def key(self) -> Hashable:
         """Equal for equal work; two manifests may use one id for different samples."""
-        return (self.sample.id, self.sample.turns, self.sample.media, self.horizon, self.answer)
+        return (self.sample.id, self.sample.turns, self.sample.media, self.horizon, self.answer, self.limit)
+
+    @property
+    def use(self) -> str:
+        """What a refusal for its length holds for."""
+        return use_of(self.horizon, self.answer is not None)
+
+
+def use_of(horizon: float | None, learnt: bool) -> str:
+    """Requests of one use are equally long: prompts or conversations (`learnt`) of one horizon."""
+    return ("conversation" if learnt else "prompt") + ("" if horizon is None else f" of {horizon:g} s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from dppo_mcore.data.errors import MediaError
 av.logging.set_level(av.logging.PANIC)
 
 IMAGE_FORMATS = ("image2", "_pipe")
+# In h264: the type of a unit of a picture that nothing after it refers beyond, and what marks units in a byte stream.
+IDR, START_CODE = 5, b"\0\0\1"
 # A plan is followed by its decoding, seldom by another look; an hour's clip takes 2 MB.
 CLIPS_KEPT = 64
 
@@ -32,7 +34,7 @@ class ClipInfo:
     pts: np.ndarray | None
     """int64 [N] in stream units; None where the container has none or repeats them: frames are then counted."""
     keyframes: np.ndarray
-    """bool [N]."""
+    """bool [N]: those that decoding can start at as if nothing came before."""
     closed: bool
     """No frame decoded after a key frame is shown before it: groups of pictures can be skipped whole."""
     duration: float
@@ -99,18 +101,38 @@ def _demux(path: str, container: Any) -> ClipInfo:
             continue
         if packet.is_corrupt:
             raise MediaError(path, errors.TRUNCATED, f"packet {len(rows)} is incomplete")
-        rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.duration or 0))
+        rows.append((packet.pts, packet.dts, packet.is_keyframe and _is_entry(codec, packet), packet.duration or 0))
     if not rows:
         raise MediaError(path, errors.FRAME_COUNT, "the container holds no frame")
     alone = unseen == 0 and len(container.streams.video) == 1
     info = _timeline(path, stream, rows, _rotation(path, container, stream), alone)
-    _check_complete(path, stream, info)
+    _check_complete(path, stream, info, min((row[0] for row in rows if row[0] is not None), default=0))
     return info
 
 
 def _is_hidden(codec: str, packet: Any) -> bool:
     """VP8 stores frames that are never shown as packets of their own; its header's fifth bit tells."""
     return codec in ("vp8", "libvpx") and not memoryview(packet)[0] >> 4 & 1
+
+
+def _is_entry(codec: Any, packet: Any) -> bool:
+    """FFmpeg also calls an h264 picture key from which on the picture only recovers bit by bit (intra refresh)."""
+    if codec.name != "h264":
+        return True
+    header = codec.extradata or b""
+    return IDR in _nal_types(bytes(packet), (header[4] & 3) + 1 if len(header) > 4 and header[0] == 1 else None)
+
+
+def _nal_types(content: bytes, length_bytes: int | None) -> Iterator[int]:
+    """Types of an h264 packet's units, which follow their length (MP4, Matroska) or a start code (`None`)."""
+    at = 0
+    while length_bytes is not None and at + length_bytes < len(content):
+        start = at + length_bytes
+        yield content[start] & 31
+        at = start + int.from_bytes(content[at:start])
+    while length_bytes is None and 0 <= (at := content.find(START_CODE, at)) < len(content) - len(START_CODE):
+        at += len(START_CODE)
+        yield content[at] & 31
 
 
 def _timeline(path: str, stream: Any, rows: list[tuple[Any, Any, bool, int]], rotation: int, alone: bool) -> ClipInfo:
@@ -169,14 +191,15 @@ def _is_closed(ticks: list[Any], keys: list[bool]) -> bool:
     return keys[0]
 
 
-def _check_complete(path: str, stream: Any, info: ClipInfo) -> None:
+def _check_complete(path: str, stream: Any, info: ClipInfo, first_pts: int) -> None:
     """A header that promises clearly more than what was found means that the file's end is missing."""
     whole = float((stream.duration or 0) * stream.time_base)
     count = len(info.times)
     # Headers also count frames that an edit list cuts off or an AVI leaves out: no loss where the time is all there.
     if stream.frames > count * 1.02 + 2 and (not whole or info.duration < 0.98 * whole):
         raise MediaError(path, errors.TRUNCATED, f"the header says {stream.frames} frames, {count} are there")
-    promised = _promised_seconds(stream)
+    # Matroska's tag is the time at which the stream ends, however late it began.
+    promised = _promised_seconds(stream) - max(first_pts, 0) * float(stream.time_base)
     if promised > info.duration * 1.05 + 0.5:
         raise MediaError(path, errors.TRUNCATED, f"the header says {promised:.2f} s, {info.duration:.2f} s are there")
 

@@ -14,7 +14,7 @@ from dppo_mcore.config import DataConfig
 from dppo_mcore.data.cache import BoundedCache
 from dppo_mcore.data.chat import MEDIA_TOKENS, PADS, Chat
 from dppo_mcore.data.decode import Decoder, make_decoder
-from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.errors import DataError, LengthError
 from dppo_mcore.data.frames import plan_key, plan_media
 from dppo_mcore.data.patches import load_geometry, normalise, patchify
 from dppo_mcore.model.config import load_qwen_config
@@ -144,7 +144,7 @@ def truncate(prompt: Prompt, max_tokens: int, processor: Processor) -> Prompt:
     kept = sum(token == start for token in ids[:keep])
     mask = None if prompt.loss_mask is None else prompt.loss_mask[:keep]
     if mask is not None and not any(mask):
-        raise DataError(
+        raise LengthError(
             f"sample {prompt.sample.id}: {max_tokens} tokens leave nothing to learn of {len(prompt.token_ids)}"
         )
     return replace(prompt, token_ids=ids[:keep], media=prompt.media[:kept], loss_mask=mask)

@@ -10,10 +10,11 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dppo_mcore.data.errors import DataError
-from dppo_mcore.types import Media, MediaKind, Sample, Turn
+from dppo_mcore.types import Media, Sample, Turn
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 OWN_KEYS = {"id", "objective", "dimension", "source", "data_source", "gold", "answer", "extras", "media", "messages",
@@ -25,7 +26,7 @@ def parse_row(row: Any, root: str, default_id: str) -> Sample:
     """A row as a `Sample`; raises `DataError` with the field that is wrong. `root` is absolute."""
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
-    parts: list[tuple[MediaKind, str]] = []
+    parts: list[Media] = []
     turns = _turns(row, parts)
     turns, media = _place_media(turns, _media(row, parts, root))
     answer = row.get("answer")
@@ -92,7 +93,7 @@ def _either(row: Mapping[str, Any], key: str, other: str) -> Any:
     return row.get(other) if row.get(key) is None else row[key]
 
 
-def _turns(row: Mapping[str, Any], parts: list[tuple[MediaKind, str]]) -> list[Turn]:
+def _turns(row: Mapping[str, Any], parts: list[Media]) -> list[Turn]:
     raw = _either(row, "messages", "conversations")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise DataError("messages: missing or empty (also accepted as conversations)")
@@ -113,8 +114,8 @@ def _turns(row: Mapping[str, Any], parts: list[tuple[MediaKind, str]]) -> list[T
     return turns
 
 
-def _join_parts(content: list[Any], number: int, parts: list[tuple[MediaKind, str]]) -> str:
-    """A turn given as OpenAI-style parts: its text with markers; paths found on the way go to `parts`."""
+def _join_parts(content: list[Any], number: int, parts: list[Media]) -> str:
+    """A turn given as OpenAI-style parts: its text with markers; media found on the way go to `parts`, unresolved."""
     text = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -122,24 +123,38 @@ def _join_parts(content: list[Any], number: int, parts: list[tuple[MediaKind, st
             text.append(str(part.get("text", "")))
         elif kind in ("image", "video"):
             text.append(f"<{kind}>")
+            where = f"messages[{number}].content"
+            window = _window(
+                {"start": _either(part, "start", "video_start"), "end": _either(part, "end", "video_end")}, where
+            )
+            if any(seconds is not None for seconds in window) and (kind == "image" or part.get(kind) is None):
+                raise DataError(f"{where}: start and end are for a part that names a video")
             if part.get(kind) is not None:
-                parts.append((kind, part[kind]))
+                parts.append(Media(kind, part[kind], *window))
         else:
             raise DataError(f"messages[{number}].content: part of unknown type {kind!r}")
     return "".join(text)
 
 
-def _media(row: Mapping[str, Any], parts: list[tuple[MediaKind, str]], root: str) -> list[Media]:
-    found = [Media(kind, resolve(path, root)) for kind, path in parts]
+def _media(row: Mapping[str, Any], parts: list[Media], root: str) -> list[Media]:
+    found = [replace(part, path=resolve(part.path, root)) for part in parts]
     for number, item in enumerate(_as_list(row.get("media"))):
         if not isinstance(item, Mapping) or item.get("type") not in ("image", "video"):
             raise DataError(f"media[{number}]: must be an object with type image or video")
-        start, end = _seconds(item, "start", f"media[{number}]"), _seconds(item, "end", f"media[{number}]")
-        found.append(Media(item["type"], resolve(item.get("path"), root), start, end))
+        window = _window(item, f"media[{number}]")
+        if item["type"] == "image" and any(seconds is not None for seconds in window):
+            raise DataError(f"media[{number}]: an image has no start and end")
+        found.append(Media(item["type"], resolve(item.get("path"), root), *window))
     for key, kind in (("video", "video"), ("videos", "video"), ("image", "image"), ("images", "image")):
         for path in _as_list(row.get(key)):
-            window = (_seconds(row, "start", key), _seconds(row, "end", key)) if kind == "video" else (None, None)
+            window = _window(row, key) if kind == "video" else (None, None)
             found.append(Media(kind, resolve(path, root), *window))  # type: ignore[arg-type]
+    if mixed := {part.kind for part in parts} & {media.kind for media in found[len(parts) :]}:
+        raise DataError(f"messages: parts and fields of the row both name a {min(mixed)}; name all in one way")
+    if not (_as_list(row.get("video")) or _as_list(row.get("videos"))) and _window(row, "row") != (None, None):
+        raise DataError(
+            "start, end: are for video and videos, which the row has not; put them where the medium is named"
+        )
     return found
 
 
@@ -147,6 +162,10 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _window(row: Mapping[str, Any], where: str) -> tuple[float | None, float | None]:
+    return _seconds(row, "start", where), _seconds(row, "end", where)
 
 
 def _seconds(row: Mapping[str, Any], key: str, where: str) -> float | None:

@@ -16,16 +16,22 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from dppo_mcore.data.errors import DataError
+from dppo_mcore.data.errors import DataError, LengthError
 from dppo_mcore.data.messages import Answer, Request, Setup, Task, read_message, write_message
 from dppo_mcore.data.qwen import Processor
 from dppo_mcore.types import Prompt
 
 
 def plan_request(processor: Processor, request: Request) -> Prompt:
-    """The prompt of a request, nothing decoded."""
+    """The prompt of a request, nothing decoded; `LengthError` for one beyond its limit."""
     if request.answer is None:
-        return processor.plan(request.sample, request.horizon)
+        prompt = processor.plan(request.sample, request.horizon)
+        length = len(prompt.token_ids)
+        if request.limit is not None and length > request.limit:
+            raise LengthError(
+                f"{length} prompt tokens, above max_prompt_tokens {request.limit}; take fewer frames or pixels"
+            )
+        return prompt
     return processor.plan_conversation(request.sample, request.answer, request.horizon)
 
 

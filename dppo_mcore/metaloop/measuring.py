@@ -72,7 +72,7 @@ def fill_buffer(run: Run, phase: PhasePlan) -> None:
         return
     ids = pool_ids(run, phase)
     measure(run, phase, ids, practice.buffer_rollouts)
-    usable.require(run, phase.name, ids)
+    usable.require(run, phase.name, ids, phase.horizon)
     if run.exchange.rank == 0:
         ledger = run.ledger
         rows = make_buffer(
@@ -108,7 +108,7 @@ def find_weaknesses(run: Run, phase: PhasePlan) -> None:
     # Only a loop without RL has measured nothing; one that left nothing unsolved has nothing to mine.
     ids = pool_ids(run, phase) if unsolved is None else unsolved
     measure(run, phase, ids, practice.buffer_rollouts)
-    usable.require(run, phase.name, ids, least=1 if unsolved is None else usable.ENOUGH)
+    usable.require(run, phase.name, ids, phase.horizon, least=1 if unsolved is None else usable.ENOUGH)
     run.exchange.from_rank0(lambda: ask_teacher(run, phase.name))
     position.stop_if_asked(run)
     finish(run, phase, "mined")

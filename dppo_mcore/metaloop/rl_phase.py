@@ -45,7 +45,7 @@ def practise(run: Run, phase: PhasePlan, done: int) -> None:
             reason = run.exchange.from_rank0(lambda: _nothing_left(run, phase, draw))
             break
         batch = _step_groups(run, phase, ids, upcoming, step)
-        barren = _unusable(run, batch, ids, barren)
+        barren = _unusable(run, phase, batch, ids, barren)
         if left := run.exchange.from_rank0(lambda: _judge_unusable(run, phase, draw, barren)):  # noqa: B023
             reason = left
             break
@@ -137,9 +137,9 @@ def _nothing_left(run: Run, phase: PhasePlan, draw: Draw | None) -> str:
     return f"nothing left to draw of {len(draw)} samples: {counts}"
 
 
-def _unusable(run: Run, batch: Batch, ids: list[str], before: dict[str, Damage]) -> dict[str, Damage]:
+def _unusable(run: Run, phase: PhasePlan, batch: Batch, ids: list[str], before: dict[str, Damage]) -> dict[str, Damage]:
     """The samples of the steps in a row, this one the last, of which not one was usable; on rank 0. Collective."""
-    damaged = usable.set_aside(run, dict.fromkeys(ids, "rl"))
+    damaged = usable.set_aside(run, dict.fromkeys(ids, "rl"), phase.horizon)
     practised = run.exchange.at_rank0([group.prompt.sample.id for group in batch.groups])
     return before | damaged if len(damaged) == len(ids) and not practised else {}
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.loader import divide, home_of
-from dppo_mcore.data.worker import Request
+from dppo_mcore.data.messages import Request
 from dppo_mcore.learn import replay
 from dppo_mcore.learn.flops import generation_flops
 from dppo_mcore.learn.rl import Group
@@ -131,22 +130,17 @@ def runs_of(indices: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def load_prompts(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> dict[str, Prompt]:
-    """This replica's share, decoded, by id; a sample whose media are damaged is quarantined by name and left out."""
-    mine = my_share(run, [Request(run.sample(pool, name), horizon) for name in ids])
+    """This replica's share, decoded, by id; what is damaged or too long is quarantined by name and left out."""
+    mine = my_share(run, questions(run, ids, pool, horizon))
     run.source.keep_only(mine)
-    stream = run.source.stream(mine)
+    found = [prompt for _, prompt in run.source.stream(mine) if prompt is not None]
+    return {prompt.sample.id: prompt for prompt in agreed(run, found)}
+
+
+def questions(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> list[Request]:
+    """Requests of prompts to be answered; those longer than the engine takes are refused before they are decoded."""
     longest = run.config.rollout.max_prompt_tokens
-    found: dict[str, Prompt] = {}
-    for request, prompt in stream:
-        if prompt is None:
-            continue
-        if len(prompt.token_ids) > longest:
-            length = len(prompt.token_ids)
-            reason = f"{length} prompt tokens, above max_prompt_tokens {longest}; take fewer frames or pixels"
-            run.source.quarantine.add(request.sample.id, DataError(reason))
-            continue
-        found[request.sample.id] = prompt
-    return {prompt.sample.id: prompt for prompt in agreed(run, list(found.values()))}
+    return [Request(run.sample(pool, name), horizon, limit=longest) for name in ids]
 
 
 def agreed(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -167,7 +161,7 @@ def announce(run: Run, ids: Sequence[str], pool: str, horizon: float | None) -> 
     if not run.config.data.data_workers:
         return
     replica, replicas = run.exchange.replica, run.exchange.replicas
-    requests = [Request(run.sample(pool, name), horizon) for name in ids]
+    requests = questions(run, ids, pool, horizon)
     if replicas > 1:
         parts = run.exchange.from_rank0(
             lambda: divide(run.source, requests, replicas) if run.source.knows(requests) else None

@@ -79,7 +79,7 @@ def learn(
 
 def _nothing_to_learn(run: Run, phase: PhasePlan, lessons: Sequence[Lesson]) -> None:
     """End the run on steps that had no usable lesson. Collective."""
-    damaged = usable.set_aside(run, {lesson.sample_id: lesson.pool for lesson in lessons})
+    damaged = usable.set_aside(run, {lesson.sample_id: lesson.pool for lesson in lessons}, phase.horizon, learnt=True)
     if run.exchange.rank == 0 and damaged:
         raise usable.nothing_usable(run, phase.name, damaged, len(damaged))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dppo_mcore.data.messages import use_of
 from dppo_mcore.data.quarantine import Damage
 from dppo_mcore.metaloop.run import Run
 from dppo_mcore.runtime.errors import UserError
@@ -14,13 +15,16 @@ ENOUGH = 32
 """So many unusable samples in a row are no chance."""
 
 
-def set_aside(run: Run, asked: Mapping[str, str]) -> dict[str, Damage]:
-    """Those of the asked samples (pools by id) that a replica has in its quarantine, on rank 0. Collective."""
-    quarantine = run.source.quarantine
+def set_aside(run: Run, asked: Mapping[str, str], horizon: float | None, learnt: bool = False) -> dict[str, Damage]:
+    """Those of the asked samples (pools by id) that a replica has in its quarantine, on rank 0. Collective.
+
+    They were asked for at `horizon`, as questions or to be `learnt`: what is too long for others isn't counted.
+    """
+    quarantine, use = run.source.quarantine, use_of(horizon, learnt)
     mine = [
         (entry.sample_id, entry)
         for entry in quarantine.entries()
-        if (pool := asked.get(entry.sample_id)) and quarantine.of(run.pools[pool].get(entry.sample_id)) == entry
+        if (pool := asked.get(entry.sample_id)) and quarantine.of(run.pools[pool].get(entry.sample_id), use) == entry
     ]
     return dict(run.exchange.at_rank0(mine))
 
@@ -39,9 +43,9 @@ def nothing_usable(run: Run, what: str, damaged: Mapping[str, Damage], asked: in
     )
 
 
-def require(run: Run, what: str, ids: list[str], least: int = 1) -> None:
+def require(run: Run, what: str, ids: list[str], horizon: float | None, least: int = 1) -> None:
     """End the run unless enough of the RL pool's samples `ids` could be used; of fewer than `least` none need be."""
-    damaged = set_aside(run, dict.fromkeys(ids, "rl"))
+    damaged = set_aside(run, dict.fromkeys(ids, "rl"), horizon)
     if not damaged:
         return
     if len(ids) >= least and len(ids) - len(damaged) < SHARE * len(ids):

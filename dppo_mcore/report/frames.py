@@ -86,8 +86,9 @@ def _decoded(path: str, info: ClipInfo, wanted: set[int]) -> Iterator[tuple[int,
     left, count, idle = set(wanted), 0, False
     with av.open(path, metadata_errors="ignore") as container:
         for packet in container.demux(video_stream(path, container)):
-            if needed is not None and numbers and packet.is_keyframe and packet.pts in numbers:
-                idle = numbers[packet.pts] not in needed
+            place = numbers.get(packet.pts) if numbers else None
+            if needed is not None and place is not None and info.keyframes[place]:
+                idle = place not in needed
             if idle and packet.size:
                 continue
             for frame in packet.decode():

@@ -115,6 +115,23 @@ def test_two_manifests_may_share_an_id(requests: list[Request], tiny_dir: str) -
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_conversation_may_lose_its_last_medium(requests: list[Request], tiny_dir: str, workers: int) -> None:
+    """Cut before the second clip it comes with the first one's patches, planned or decoded by whoever does it."""
+    turns = (Turn("user", "<video>Done?"), Turn("assistant", "yes"), Turn("user", "<video>And now?"))
+    media = requests[0].sample.media + requests[1].sample.media
+    request = Request(Sample("two", "success", turns, media), 32.0, "no")
+    whole = PromptSource(tiny_dir, DataConfig(data_workers=0)).plan(request)
+    limit = len(whole.token_ids) - 20
+    source = PromptSource(tiny_dir, DataConfig(data_workers=workers, max_conversation_tokens=limit))
+    source.plan_ahead([request])
+    for prompt in (source.plan(request), source.take(request)):
+        assert [medium.plan for medium in prompt.media] == [whole.media[0].plan] and len(prompt.token_ids) < limit
+        assert prompt.token_ids == whole.token_ids[: len(prompt.token_ids)]
+    assert prompt.media[0].patches is not None
+    source.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_prompt_is_rendered_once(requests: list[Request], tiny_dir: str, workers: int) -> None:
     """What was planned is at hand when it comes again, with the new request's own sample."""
     source = PromptSource(tiny_dir, DataConfig(data_workers=workers))

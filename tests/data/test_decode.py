@@ -18,7 +18,7 @@ from dppo_mcore.data.decode_pyav import PyAvDecoder
 from dppo_mcore.data.errors import MediaError
 from dppo_mcore.data.frames import plan_media
 from dppo_mcore.data.patches import Geometry
-from dppo_mcore.data.probe import probe
+from dppo_mcore.data.probe import _promised_seconds, probe
 from dppo_mcore.types import Media
 from tests.data.clips import CODECS, read_number, write_clip
 
@@ -70,6 +70,24 @@ def test_skipping_changes_no_pixel(codec: str, tmp_path: Path) -> None:
         assert torch.equal(PyAvDecoder().decode(path, wanted, (64, 64)), whole[list(wanted)])
 
 
+REFRESHED = "intra-refresh=1:bframes=0:keyint=8:min-keyint=8"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_intra_refresh_has_no_groups_to_skip(suffix: str, tmp_path: Path) -> None:
+    """What the container calls key frames only begin a refresh; real ones are known in both framings."""
+    options = {"preset": "ultrafast", "g": "8"}
+    path = write_clip(tmp_path / f"x.{suffix}", options={**options, "x264-params": REFRESHED})
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) == 5
+    assert np.flatnonzero(probe(str(path)).keyframes).tolist() == [0]
+    whole = PyAvDecoder().decode(str(path), tuple(range(40)), (64, 64))
+    for wanted in ((3,), (20,), (39,), (12, 30)):
+        assert torch.equal(PyAvDecoder().decode(str(path), wanted, (64, 64)), whole[list(wanted)])
+    info = probe(str(write_clip(tmp_path / f"groups.{suffix}", options=options)))
+    assert np.flatnonzero(info.keyframes).tolist() == [0, 8, 16, 24, 32] and info.closed
+
+
 def test_refused_clips_go_to_the_next_backend_once(tmp_path: Path) -> None:
     """DALI has no h264 on a CPU: PyAV takes it, and both facts are counted."""
     path = clip(tmp_path, "h264", "constant")
@@ -99,6 +117,15 @@ def test_dali_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(backend.decode(path, wanted, (28, 56)), whole)
     with pytest.raises(MediaError, match="other frames than the plan"):
         backend.decode(path, (0, 40), (28, 56))
+
+
+def test_dali_does_not_read_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is known before its bytes are in memory; PyAV takes it."""
+    path = clip(tmp_path, "vp9", "constant")
+    monkeypatch.setattr(decode_dali, "LARGEST_FILE", path.stat().st_size - 1)
+    monkeypatch.setattr(np, "fromfile", lambda *_: pytest.fail("the file was read"))
+    with pytest.raises(MediaError, match="less than 2 GiB"):
+        DaliDecoder(torch.device("cpu")).decode(str(path), (0, 5), (64, 64))
 
 
 def test_dali_knows_the_device_by_our_name_for_it() -> None:
@@ -159,6 +186,21 @@ def test_a_clip_that_ends_between_two_frames_is_truncated(tmp_path: Path) -> Non
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:end])
     with pytest.raises(MediaError, match="truncated .the header says 40 frames, 26 are there"):
         probe(str(tmp_path / "cut.mp4"))
+
+
+@pytest.mark.parametrize("late", [3.0, 100.0])
+def test_a_matroska_clip_that_starts_late_is_whole(late: float, tmp_path: Path) -> None:
+    """Its duration tag is the time of its end, as in a segment whose timestamps run on; half of it is truncated."""
+    path = write_clip(tmp_path / "late.webm", "vp9", times=[late + n / 8 for n in range(40)])
+    with av.open(str(path)) as container:
+        assert _promised_seconds(container.streams.video[0]) == pytest.approx(late + 5, abs=0.2)
+    info = probe(str(path))
+    assert info.times[0] == 0 and info.duration == pytest.approx(5.0, abs=0.01)
+    with av.open(str(path)) as container:
+        end = next(packet.pos for number, packet in enumerate(container.demux(video=0)) if number == 20)
+    (tmp_path / "cut.webm").write_bytes(path.read_bytes()[:end])
+    with pytest.raises(MediaError, match="truncated .the header says 5.* s, 2.* s are there"):
+        probe(str(tmp_path / "cut.webm"))
 
 
 PIXELS = [("h264", "yuv420p10le"), ("hevc", "yuv420p10le"), ("vp9", "yuva420p"), ("h264", "gray"), ("h264", "yuv422p")]

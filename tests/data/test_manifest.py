@@ -89,7 +89,26 @@ def test_own_schema_and_parts(tmp_path: Path) -> None:
     assert sample.turns[0].content == "<video>Done?" and sample.media[0].kind == "video"
 
 
+@pytest.mark.parametrize("keys", [("start", "end"), ("video_start", "video_end")])
+def test_parts_have_windows(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """Each its own, with an image from a field between them."""
+    parts = [{"type": "video", "video": "a.mp4", keys[0]: 1, keys[1]: 2.5}, {"type": "image"},
+             {"type": "video", "video": "b.mp4", keys[1]: 9}]  # fmt: skip
+    sample = only(tmp_path, {"messages": [{"role": "user", "content": parts}], "images": ["c.png"]})
+    assert [(media.path[-5:], media.start, media.end) for media in sample.media] == [
+        ("a.mp4", 1.0, 2.5), ("c.png", None, None), ("b.mp4", None, 9.0)
+    ]  # fmt: skip
+
+
+NAMED_PART = '{"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}'
 REFUSED = {
+    NAMED_PART + ']}], "start": 1}': "start, end: are for video and videos",
+    NAMED_PART + ', {"type": "video"}]}], "videos": ["b.mp4"]}': "parts and fields of the row both name a video",
+    NAMED_PART + ', {"type": "image", "image": "i.png", "end": 2}]}]}': "for a part that names a video",
+    NAMED_PART[:-1] + ', "start": 3, "end": 2}]}]}': "content.end: 2 is not after start 3",
+    '{"messages": [{"role": "user", "content": [{"type": "video", "end": 2}]}], "video": "v"}': "a part that names",
+    '{"messages": [{"role": "user", "content": "?"}], "media": [{"type": "image", "path": "i", "end": 2}]}':
+        "an image has no start",
     "{broken": "not JSON",
     "[1]": "must be a JSON object",
     '{"id": "a"}': "messages: missing",

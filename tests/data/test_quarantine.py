@@ -85,3 +85,33 @@ def test_a_clip_that_came_is_used_when_the_run_goes_on(tmp_path: Path, tiny_dir:
     assert [json.loads(line)["reason"] for line in (tmp_path / "q.jsonl").read_text().splitlines()] == [
         errors.MISSING, errors.UNREADABLE
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_too_long_serves_for_something_else(tmp_path: Path, tiny_dir: str, workers: int) -> None:
+    """Refused for one horizon, or to be learnt, before anything is decoded; once each, also in a run that goes on."""
+    clip = write_clip(tmp_path / "1.mp4", frames=64, size=(56, 56))
+    sample = asking("s", clip)
+    sizes = PromptSource(tiny_dir, DataConfig(data_workers=0))
+    long, short = (len(sizes.plan(Request(sample, seconds)).token_ids) for seconds in (8.0, 2.0))
+    asked = Request(sample, 8.0, limit=long - 1)
+    data = DataConfig(data_workers=workers, max_conversation_tokens=short // 2)
+    for _ in range(2):
+        source = PromptSource(tiny_dir, data, quarantine=Quarantine(tmp_path / "q.jsonl"))
+        source.prefetch([asked])
+        source.plan_ahead([asked])
+        assert source.plan(asked) is source.take(asked) is source.take(replace(asked, limit=None, answer="yes")) is None
+        assert not source.metrics().get("decode/pyav")
+        assert source.take(replace(asked, horizon=2.0)) is not None
+        assert source.take(replace(asked, sample=replace(sample, id="other"), limit=long)) is not None
+        assert source.metrics()["quarantine/too long"] == 2 and source.quarantine.of(sample) is None
+        source.close()
+    rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert [(row["reason"], row["use"]) for row in rows] == [
+        (errors.TOO_LONG, "prompt of 8 s"), (errors.TOO_LONG, "conversation of 8 s")
+    ]  # fmt: skip
+    assert f"{long} prompt tokens, above max_prompt_tokens {long - 1}" in rows[0]["detail"]
+    assert "leave nothing to learn" in rows[1]["detail"]
+    kept = Quarantine(tmp_path / "q.jsonl")
+    kept.keep_for(lambda name: [sample])
+    assert len(kept) == 2

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from dppo_mcore.data import errors
-from dppo_mcore.data.errors import MediaError
+from dppo_mcore.data.errors import LengthError, MediaError
+from dppo_mcore.data.messages import use_of
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.metaloop import rl_phase, usable
 from dppo_mcore.metaloop.rolling import Batch
@@ -100,7 +101,7 @@ def drawing(names: list[str], mastered: int) -> Draw:
 
 
 def judged(run: Any, draw: Draw, ids: list[str], before: dict[str, Any] | None = None, groups: Any = ()) -> str:
-    barren = rl_phase._unusable(run, Batch(list(groups), {}), ids, before or {})
+    barren = rl_phase._unusable(run, PHASE, Batch(list(groups), {}), ids, before or {})
     return rl_phase._judge_unusable(run, PHASE, draw, barren)
 
 
@@ -111,15 +112,31 @@ def test_measuring_needs_a_tenth(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^1-1 buffer: 37 of 40 samples can't be used, the first: sample 's0': /s0.mp4: m"
     ):
-        usable.require(run, "1-1 buffer", names)
-    usable.require(run, "1-1 buffer", names[:37] + names[37:] * 2)
-    usable.require(run, "1-2 weakness", names[:31], least=usable.ENOUGH)
+        usable.require(run, "1-1 buffer", names, 32.0)
+    usable.require(run, "1-1 buffer", names[:37] + names[37:] * 2, 32.0)
+    usable.require(run, "1-2 weakness", names[:31], 32.0, least=usable.ENOUGH)
     assert [line.split(",")[0] for line in run.said] == [
         "1-1 buffer: 37 of 43 samples can't be used", "1-2 weakness: 31 of 31 samples can't be used"
     ]  # fmt: skip
     with pytest.raises(UserError):
-        usable.require(run, "1-2 weakness", names[:32], least=usable.ENOUGH)
-    usable.require(fake_run(tmp_path, names, []), "1-1 buffer", names)
+        usable.require(run, "1-2 weakness", names[:32], 32.0, least=usable.ENOUGH)
+    usable.require(fake_run(tmp_path, names, []), "1-1 buffer", names, 32.0)
+
+
+def test_what_is_too_long_counts_where_it_was_asked_for(tmp_path: Path) -> None:
+    """Named with its length; neither at another horizon nor as a lesson is it missing."""
+    names = [f"s{n}" for n in range(12)]
+    run = fake_run(tmp_path, names, [])
+    for name in names:
+        error = LengthError("600 prompt tokens, above max_prompt_tokens 512")
+        run.source.quarantine.add(name, error, run.pools["rl"][name].media, use_of(32.0, learnt=False))
+    usable.require(run, "2-1 buffer", names, 16.0)
+    assert len(rl_phase._unusable(run, PHASE, Batch([], {}), names, {})) == 12
+    assert not usable.set_aside(run, dict.fromkeys(names, "rl"), 32.0, learnt=True)
+    with pytest.raises(
+        UserError, match="12 of 12 samples can't be used, .*: too long: prompt of 32 s: 600 prompt tokens"
+    ):
+        usable.require(run, "1-1 buffer", names, 32.0)
 
 
 def test_steps_of_unusable_samples(tmp_path: Path) -> None:
@@ -129,7 +146,7 @@ def test_steps_of_unusable_samples(tmp_path: Path) -> None:
     whole = SimpleNamespace(prompt=SimpleNamespace(sample=SimpleNamespace(id="s61")))
     assert judged(run, draw, names[:31]) == judged(run, draw, names[56:64]) == ""
     assert judged(run, draw, names[:40], groups=[whole]) == ""  # carried over from a step before
-    before = rl_phase._unusable(run, Batch([], {}), names[:16], {})
+    before = rl_phase._unusable(run, PHASE, Batch([], {}), names[:16], {})
     with pytest.raises(UserError, match="^1-1 RL: 32 of 32 samples can't be used"):
         judged(run, draw, names[16:32], before)
     few = names[:6]

@@ -78,6 +78,15 @@ def test_a_late_window_of_a_long_clip(codec: str, tmp_path: Path) -> None:
     assert len(clip_frames(str(path), 10.0, 10.25, count=8)) == 2
 
 
+def test_a_clip_of_intra_refresh(tmp_path: Path) -> None:
+    """It is decoded from its beginning: what the container calls key frames can't be started at."""
+    options = {"preset": "ultrafast", "g": "8", "x264-params": "intra-refresh=1:bframes=0:keyint=8:min-keyint=8"}
+    path = write_clip(tmp_path / "x.mp4", options=options)
+    strip = clip_frames(str(path), 3.0, 4.0, count=2)
+    assert [read_number(pixels(jpeg)) for _, jpeg in strip] == [26, 30]
+    assert_seen(path, strip)
+
+
 def write_covered(path: Path) -> None:
     """A clip with a white cover, which its header names before the clip itself."""
     with av.open(str(path), "w") as container:
