@@ -16,10 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dppo_mcore.config import DataConfig
-from dppo_mcore.data.check import Report, check_manifest
+from dppo_mcore.config import DataConfig, PracticeConfig
+from dppo_mcore.data.check import GEOMETRY, Report, check_manifest
 from dppo_mcore.data.errors import DataError
 from dppo_mcore.data.manifest import read_manifest
+from dppo_mcore.data.patches import load_geometry
 from dppo_mcore.rewards.registry import load_objectives
 
 
@@ -39,9 +40,15 @@ def main() -> int:
         "--fps", type=float, default=DataConfig.fps, help="frames per second to decode with --depth decode"
     )
     parser.add_argument("--max-frames", type=int, default=DataConfig.max_frames)
+    parser.add_argument(
+        "--horizons", type=float, nargs="+", default=PracticeConfig.horizons, help="seconds of a clip that loops see"
+    )
+    parser.add_argument("--model", default="", help="checkpoint whose patches the frames are sized for")
     parser.add_argument("--limit", type=int, default=20, help="findings of a kind to print (the JSON has all)")
     parser.add_argument("--json", default="", help="write the whole report here")
     arguments = parser.parse_args()
+    if arguments.model and not Path(arguments.model).is_dir():
+        parser.error(f"model: no folder {arguments.model}")
     try:
         manifest = read_manifest(arguments.data, arguments.media_root)
         evaluations = [read_manifest(path, arguments.media_root) for path in arguments.eval]
@@ -50,7 +57,10 @@ def main() -> int:
         parser.error(str(error))
     data = DataConfig(fps=arguments.fps, max_frames=arguments.max_frames)
     scored = not arguments.only_learnt
-    report = check_manifest(manifest, evaluations, arguments.depth, data, arguments.workers, scored)
+    geometry = load_geometry(arguments.model) if arguments.model else GEOMETRY
+    report = check_manifest(
+        manifest, evaluations, arguments.depth, data, arguments.workers, scored, arguments.horizons, geometry
+    )
     print_report(report, arguments.limit)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({**asdict(report), "ok": report.ok()}, indent=1))

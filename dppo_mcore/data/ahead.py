@@ -323,11 +323,14 @@ class _Worker:
                 pass  # what was left to write has nobody to read it
 
     def kill(self) -> None:
-        """End the process."""
+        """End the process. One that waits for a file system that went away ends when that comes back."""
         process = self._process
         if process is not None:
             process.kill()
-            process.wait(KILL_WAIT_SECONDS)
+            try:
+                process.wait(KILL_WAIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
 
     def _start(self) -> subprocess.Popen[bytes]:
         import dppo_mcore

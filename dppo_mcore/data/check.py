@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 
-from dppo_mcore.config import DataConfig
+from dppo_mcore.config import DataConfig, PracticeConfig
 from dppo_mcore.data import errors
 from dppo_mcore.data.chat import MEDIA_TOKENS
 from dppo_mcore.data.decode import make_decoder
 from dppo_mcore.data.errors import MediaError
-from dppo_mcore.data.frames import plan_media
+from dppo_mcore.data.frames import plan_key, plan_media
 from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.patches import Geometry
 from dppo_mcore.data.probe import probe
@@ -28,6 +28,7 @@ from dppo_mcore.types import Media, Sample
 Depth = Literal["rows", "probe", "decode"]
 DURATION_EDGES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 FINGERPRINT_BYTES = 1 << 16
+GEOMETRY = Geometry()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,13 @@ def check_manifest(
     data: DataConfig | None = None,
     workers: int = 2,
     scored: bool = True,
+    horizons: Sequence[float] = PracticeConfig.horizons,
+    geometry: Geometry = GEOMETRY,
 ) -> Report:
     """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see.
 
-    What is `scored`, not only learnt, needs objectives that have a scorer by now.
+    Those are the ones of every horizon, at the sizes of the checkpoint that `geometry` is of. What is `scored`, and not
+    only learnt, needs objectives that have a scorer by now.
     """
     report = Report(str(manifest.path), len(manifest))
     report.objectives, report.dimensions = manifest.counts("objective"), manifest.counts("dimension")
@@ -89,20 +93,28 @@ def check_manifest(
         reason = errors.OUTSIDE if row.media else "refused row"
         report.refused.append(Damage(f"{row.file}:{row.line}", row.media, reason, row.reason))
     if depth != "rows":
-        _check_media(report, manifest, depth, data or DataConfig(), workers)
+        _check_media(report, manifest, depth, data or DataConfig(), workers, horizons, geometry)
     _check_overlaps(report, manifest, evaluations)
     return report
 
 
-def _check_media(report: Report, manifest: Manifest, depth: Depth, data: DataConfig, workers: int) -> None:
+def _check_media(
+    report: Report,
+    manifest: Manifest,
+    depth: Depth,
+    data: DataConfig,
+    workers: int,
+    horizons: Sequence[float],
+    geometry: Geometry,
+) -> None:
     decoder = make_decoder(data.decoder, torch.device("cpu"))
     found: dict[Media, MediaError | float] = {}
     clips: dict[str, float] = {}
 
     def look(media: Media) -> MediaError | float:
         try:
-            plan = plan_media(media, data, None, Geometry())
-            if depth == "decode":
+            plans = [plan_media(media, data, horizon, geometry) for horizon in dict.fromkeys(horizons)]
+            for plan in {plan_key(plan): plan for plan in plans}.values() if depth == "decode" else ():
                 decoder(plan)
             return probe(media.path).duration if media.kind == "video" else 0.0
         except MediaError as error:

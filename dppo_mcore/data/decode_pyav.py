@@ -13,7 +13,7 @@ from torch import Tensor
 from dppo_mcore.data import errors
 from dppo_mcore.data.errors import MediaError
 from dppo_mcore.data.patches import resize
-from dppo_mcore.data.probe import ClipInfo, probe, video_stream
+from dppo_mcore.data.probe import ClipInfo, opened, probe, video_stream
 
 # The conversion that DALI compiles in: with it the two backends agree bit for bit.
 CONVERSION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -57,7 +57,7 @@ def upright(frames_CHW: Tensor, rotation: int) -> Tensor:
 def _wanted_frames(path: str, info: ClipInfo, wanted: dict[int, list[int]]) -> Iterator[tuple[int, av.VideoFrame]]:
     """The wanted frames as they are decoded. Pictures that no wanted frame can need are not decoded."""
     left = len(wanted)
-    with av.open(path, metadata_errors="ignore") as container:
+    with opened(path) as container:
         stream = video_stream(path, container)
         codec = stream.codec_context
         codec.thread_count = 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dppo_mcore.data import errors
 from dppo_mcore.data.errors import MediaError
+from dppo_mcore.data.probe import PICTURES
 
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
@@ -47,7 +48,7 @@ def _opened(path: str, reason: str) -> Iterator[Image.Image]:
     try:
         if os.path.getsize(path) == 0:
             raise MediaError(path, errors.EMPTY)
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURES) as image:
             yield image
     except MediaError:
         raise

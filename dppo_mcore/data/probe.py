@@ -17,6 +17,12 @@ from dppo_mcore.data.errors import MediaError
 
 av.logging.set_level(av.logging.PANIC)
 
+# What only says where the pictures are, which may be anywhere.
+LISTS = {"avisynth", "concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "vapoursynth",
+         "webm_dash_manifest"}  # fmt: skip
+OPTIONS = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
+# Pillow knows many more images, some of which are programs: EPS is run by Ghostscript. MPO is opened as a JPEG.
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_FORMATS = ("image2", "_pipe")
 # In h264: the type of a unit of a picture that nothing after it refers beyond, and what marks units in a byte stream.
 IDR, START_CODE = 5, b"\0\0\1"
@@ -63,12 +69,17 @@ def probe(path: str) -> ClipInfo:
 @lru_cache(maxsize=CLIPS_KEPT)
 def _probe(path: str, size: int, changed: int) -> ClipInfo:
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with opened(path) as container:
             return _demux(path, container)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(path, errors.UNREADABLE, _short(error)) from error
+
+
+def opened(path: str) -> Any:
+    """The container of a clip; a list of clips, such as HLS's, is refused, whatever its name is."""
+    return av.open(path, metadata_errors="ignore", options=OPTIONS)
 
 
 def _short(error: Exception) -> str:
@@ -220,7 +231,7 @@ def _rotation(path: str, container: Any, stream: Any) -> int:
             return _track_rotation(file, os.path.getsize(path), stream.id)
     if "matroska" not in container.format.name:
         return 0
-    with av.open(path, metadata_errors="ignore") as again:
+    with opened(path) as again:
         try:
             frame = next(again.decode(video_stream(path, again)))
         except (av.FFmpegError, StopIteration) as error:

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from dppo_mcore.data import errors
 from dppo_mcore.data.errors import MediaError
-from dppo_mcore.data.probe import ClipInfo, probe, video_stream
+from dppo_mcore.data.probe import PICTURES, ClipInfo, opened, probe, video_stream
 from dppo_mcore.report.blocks import Limits, SampleBlocks
 from dppo_mcore.report.read import Run
 
@@ -55,7 +55,7 @@ def _jpeg(picture: Image.Image) -> str:
 
 def image_picture(path: str) -> Image.Image:
     """The first picture of an image file, upright, in 8-bit RGB."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURES) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("I", "F"):
             raise MediaError(path, errors.BAD_FRAMES, f"mode {upright.mode} has no known range")
@@ -84,7 +84,7 @@ def _decoded(path: str, info: ClipInfo, wanted: set[int]) -> Iterator[tuple[int,
     numbers = None if info.pts is None else {int(pts): number for number, pts in enumerate(info.pts)}
     needed = _needed_keys(info, wanted) if info.closed else None
     left, count, idle = set(wanted), 0, False
-    with av.open(path, metadata_errors="ignore") as container:
+    with opened(path) as container:
         for packet in container.demux(video_stream(path, container)):
             place = numbers.get(packet.pts) if numbers else None
             if needed is not None and place is not None and info.keyframes[place]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from dppo_mcore.config import DataConfig
+from dppo_mcore.data import ahead
 from dppo_mcore.data.ahead import PromptSource
 from dppo_mcore.data.cache import BoundedCache
-from dppo_mcore.data.messages import Request
+from dppo_mcore.data.messages import Answer, Request, Task
 from dppo_mcore.types import Media, Prompt, Sample, Turn
 from tests.data.clips import write_clip
 
@@ -53,6 +54,35 @@ def test_a_killed_worker_is_replaced(requests: list[Request], tiny_dir: str) -> 
     assert source._pool._workers[0]._process.pid != first.pid
     assert len(source.quarantine) == 0
     source.close()
+
+
+def test_a_worker_that_can_not_be_killed_is_left_behind(
+    requests: list[Request], tiny_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs in the kernel: a fresh process decodes in its place, and closing doesn't fail on it either."""
+    monkeypatch.setattr(ahead, "KILL_WAIT_SECONDS", 0.1)
+    source = PromptSource(tiny_dir, DataConfig(data_workers=1, media_cache_mib=0))
+    worker = source._pool._workers[0]
+    stuck, real = worker._process, worker.ask
+    asked: list[object] = []
+
+    def hang_once(task: Task) -> tuple[Answer, list[torch.Tensor]]:
+        asked.append(task)
+        if len(asked) == 1:
+            raise EOFError
+        return real(task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stuck, "kill", lambda: None)
+        patched.setattr(worker, "ask", hang_once)
+        patched.setattr(worker, "_close_pipes", lambda: None)  # without them it would end by itself
+        assert source.take(requests[0]) is not None
+        assert worker._process is not stuck and stuck.poll() is None and len(asked) == 2
+        worker._process, fresh = stuck, worker._process
+        source.close()
+    for process in (stuck, fresh):
+        process.kill()
+        process.wait()
 
 
 def test_a_clip_that_crashes_decoders_is_quarantined(requests: list[Request], tiny_dir: str) -> None:

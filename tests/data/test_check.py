@@ -10,9 +10,12 @@ from pathlib import Path
 import check_data
 import pytest
 
+from dppo_mcore.data import check
 from dppo_mcore.data.check import check_manifest
 from dppo_mcore.data.manifest import Manifest, read_manifest
+from dppo_mcore.data.patches import load_geometry
 from dppo_mcore.rewards import registry
+from dppo_mcore.types import FramePlan
 from tests.data.clips import write_clip
 
 
@@ -58,6 +61,29 @@ def test_media_tokens_in_text_are_found(tmp_path: Path) -> None:
     report = check_manifest(pool)
     assert [(damage.sample_id, damage.reason) for damage in report.damaged] == [("2", "unusable sample")]
     assert "<|video_pad|>" in report.damaged[0].detail and report.media == {"video": 1}
+
+
+def test_the_frames_of_every_horizon_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip shorter than two of them once, a longer one for each; sizes are the checkpoint's."""
+    write_clip(tmp_path / "short.mp4", frames=16)
+    write_clip(tmp_path / "long.mp4", frames=64)
+    pool = manifest(tmp_path, "pool.jsonl", [("1", "short.mp4", "Done?"), ("2", "long.mp4", "Done?")])
+    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    seen: list[tuple[str, float, float, tuple[int, int]]] = []
+
+    def note(plan: FramePlan) -> None:
+        seen.append((Path(plan.path).stem, plan.times[0], plan.times[-1], plan.size))
+
+    monkeypatch.setattr(check, "make_decoder", lambda *_: note)
+    geometry = load_geometry(tmp_path)
+    assert check_manifest(pool, depth="decode", workers=1, horizons=(2.0, 4.0, 4.0), geometry=geometry).ok()
+    assert seen == [
+        ("short", 0.0, 1.5, (64, 64)), ("long", 6.0, 7.5, (64, 64)), ("long", 4.0, 7.5, (64, 64))
+    ]  # fmt: skip
+    seen.clear()
+    command = ["check_data.py", "--data", str(tmp_path / "pool.jsonl"), "--depth", "decode", "--horizons", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--model", str(tmp_path)])
+    assert check_data.main() == 0 and sorted(clip for clip, *_ in seen) == ["long", "short"]
 
 
 def test_objectives_without_a_scorer_are_found(

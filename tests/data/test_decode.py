@@ -203,6 +203,27 @@ def test_a_matroska_clip_that_starts_late_is_whole(late: float, tmp_path: Path) 
         probe(str(tmp_path / "cut.webm"))
 
 
+LISTED = {
+    "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:5,\n{}\n#EXT-X-ENDLIST\n",
+    "a.mp4": "ffconcat version 1.0\nfile {}\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_list_of_clips_is_refused(name: str, tmp_path: Path) -> None:
+    """Else it would show what lies outside the media root."""
+    write_clip(tmp_path / "elsewhere.ts")
+    path = tmp_path / "root" / name
+    path.parent.mkdir()
+    (path.parent / "inside.ts").symlink_to(tmp_path / "elsewhere.ts")
+    path.write_text(LISTED[name].format("../elsewhere.ts" if name == "a.m3u8" else "inside.ts"))
+    with av.open(str(path)) as container:
+        assert container.format.name in ("hls", "concat")
+    with pytest.raises(MediaError, match="not a media file"):
+        probe(str(path))
+    assert len(probe(str(tmp_path / "elsewhere.ts")).times) == 40
+
+
 PIXELS = [("h264", "yuv420p10le"), ("hevc", "yuv420p10le"), ("vp9", "yuva420p"), ("h264", "gray"), ("h264", "yuv422p")]
 
 

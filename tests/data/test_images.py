@@ -85,6 +85,22 @@ def test_an_animation_shows_its_first_picture(tmp_path: Path) -> None:
     assert decode_image(plan(tmp_path / "x.gif"))[0, :, 5, 5].tolist() == [255, 0, 0]
 
 
+def test_only_pictures_are_opened(tmp_path: Path) -> None:
+    """EPS is a program, which Pillow would give to Ghostscript, whatever the file is called."""
+    picture = Image.new("RGB", (56, 56), (250, 10, 10))
+    picture.save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.format == "EPS"
+    with pytest.raises(MediaError, match="wrong kind of file .not an image"):
+        plan(tmp_path / "x.png")
+    picture.save(tmp_path / "x.mpo", save_all=True, append_images=[picture])
+    for form in ("JPEG", "WEBP", "GIF", "BMP", "TIFF", "PNG"):
+        picture.save(tmp_path / f"x.{form}", format=form)
+    for path in tmp_path.glob("x.[!p]*"):
+        assert plan(path).size == (56, 56)
+
+
 def test_too_many_pixels_are_named(tmp_path: Path) -> None:
     """Pillow's bound against decompression bombs costs the sample, not the run."""
     Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
