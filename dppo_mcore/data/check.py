@@ -82,8 +82,8 @@ def check_manifest(
 ) -> Report:
     """`rows` reads the manifest only, `probe` opens every medium, `decode` also decodes the frames a run would see.
 
-    Those are the ones of every horizon, at the sizes of the checkpoint that `geometry` is of. What is `scored`, not only
-    learnt, needs objectives that have a scorer by now.
+    Those are the ones of every horizon, at the sizes of the checkpoint that `geometry` is of. What is `scored`, and not
+    only learnt, needs objectives that have a scorer by now.
     """
     report = Report(str(manifest.path), len(manifest))
     report.objectives, report.dimensions = manifest.counts("objective"), manifest.counts("dimension")

@@ -9,6 +9,7 @@ The rule, for a clip window of D seconds (the clip's start and end, then the hor
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,23 @@ def clip_window(
     return start + before, end - (spare - before)
 
 
+def too_long(data: DataConfig, horizons: Sequence[float], geometry: Geometry, limit: int) -> str:
+    """A warning where the largest clip that is allowed takes more than `limit` tokens; empty where none does."""
+    for horizon in sorted(horizons, reverse=True):
+        count = max(min(round(horizon * data.fps / 2), data.max_frames // 2) * 2, 2)
+        pixels = _most_pixels(data, count)
+        patches = count // geometry.temporal
+        tokens = patches * (pixels // geometry.factor**2)
+        if tokens > limit:
+            return (
+                f"max_prompt_tokens: {limit} are fewer than the {tokens} that a clip of {horizon:g} s may take "
+                f"({count} frames of {pixels} pixels); clips with frames above {limit // patches * geometry.factor**2} "
+                "pixels will be refused: lower max_clip_pixels, max_pixels, max_frames or fps, or raise "
+                "max_prompt_tokens"
+            )
+    return ""
+
+
 def _plan_clip(media: Media, info: ClipInfo, data: DataConfig, horizon: float | None, geometry: Geometry) -> FramePlan:
     start, end = clip_window(media, info.duration, horizon, data.horizon_keep)
     first, last = np.searchsorted(info.times - TIME_SLACK, (start, end - 2 * TIME_SLACK), side="right")
@@ -90,11 +108,14 @@ def _seconds_per_grid(spacing: float, fps: float, temporal: int) -> float:
 
 def _fit(path: str, height: int, width: int, count: int, data: DataConfig, geometry: Geometry) -> tuple[int, int]:
     """Size within the frame's pixel budget and its share of the clip's."""
-    most = max(min(data.max_pixels, data.max_clip_pixels // count), int(data.min_pixels * 1.05))
     try:
-        return smart_resize(height, width, geometry.factor, data.min_pixels, most)
+        return smart_resize(height, width, geometry.factor, data.min_pixels, _most_pixels(data, count))
     except ValueError as error:
         raise MediaError(path, errors.SHAPE, str(error)) from error
+
+
+def _most_pixels(data: DataConfig, count: int) -> int:
+    return max(min(data.max_pixels, data.max_clip_pixels // count), int(data.min_pixels * 1.05))
 
 
 def _plan_image(media: Media, data: DataConfig, geometry: Geometry) -> FramePlan:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dppo_mcore.config import Config
 from dppo_mcore.config_loading import to_yaml
 from dppo_mcore.data.ahead import PromptSource
+from dppo_mcore.data.frames import too_long
 from dppo_mcore.data.manifest import Manifest
 from dppo_mcore.data.quarantine import Quarantine
 from dppo_mcore.data.qwen import Processor
@@ -149,7 +150,10 @@ def assemble(
     engine.start()
     log = get_logger()
     if exchange.rank == 0:
-        for line in remarks(pools, config.output.eval_samples):
+        long = too_long(
+            config.data, config.practice.horizons, source.processor.geometry, config.rollout.max_prompt_tokens
+        )
+        for line in filter(None, (*remarks(pools, config.output.eval_samples), long)):
             log.warning(line)
     output = config.output
     return Run(

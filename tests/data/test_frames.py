@@ -8,7 +8,7 @@ import pytest
 
 from dppo_mcore.config import DataConfig
 from dppo_mcore.data.errors import MediaError
-from dppo_mcore.data.frames import clip_window, plan_key, plan_media
+from dppo_mcore.data.frames import clip_window, plan_key, plan_media, too_long
 from dppo_mcore.data.patches import Geometry
 from dppo_mcore.types import FramePlan, Media
 from tests.data.clips import write_clip
@@ -109,3 +109,16 @@ def test_plan_key_tells_plans_apart(clip: Path) -> None:
     """Equal plans have equal keys; another window or size has another."""
     keys = {plan_key(plan(clip, **options)) for options in ({}, {"horizon": 4.0}, {"fps": 1.0}, {"min_pixels": 9000})}
     assert len(keys) == 4 and plan_key(plan(clip)) == plan_key(plan(clip))
+
+
+def test_clips_that_no_prompt_holds_are_foreseen(tmp_path: Path) -> None:
+    """By the figures of the largest clip that the options allow, which are those of its plan."""
+    data = DataConfig(fps=2, max_frames=16, max_pixels=12544, max_clip_pixels=12544 * 16, min_pixels=784)
+    path = write_clip(tmp_path / "x.mp4", frames=80, size=(112, 112))
+    for horizon, frames, tokens in ((4.0, 8, 64), (9.0, 16, 128)):
+        t, h, w = plan_media(Media("video", str(path)), data, horizon, Geometry()).grid
+        assert (t * 2, t * h * w // 4) == (frames, tokens)
+        assert too_long(data, (horizon,), Geometry(), tokens) == ""
+        line = too_long(data, (2.0, horizon), Geometry(), tokens - 1)
+        assert f"{tokens - 1} are fewer than the {tokens} that a clip of {horizon:g} s may take ({frames} fr" in line
+    assert "frames above 11760 pixels will be refused" in line and "max_clip_pixels" in line
