@@ -71,7 +71,8 @@ def too_long(data: DataConfig, horizons: Sequence[float], geometry: Geometry, li
             return (
                 f"max_prompt_tokens: {limit} are fewer than the {tokens} that a clip of {horizon:g} s may take "
                 f"({count} frames of {pixels} pixels); clips with frames above {limit // patches * geometry.factor**2} "
-                "pixels will be refused: lower max_clip_pixels, max_pixels, max_frames or fps, or raise max_prompt_tokens"
+                "pixels will be refused: lower max_clip_pixels, max_pixels, max_frames or fps, or raise "
+                "max_prompt_tokens"
             )
     return ""
 
