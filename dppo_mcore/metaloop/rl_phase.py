@@ -165,8 +165,7 @@ def _judge(run: Run, phase: PhasePlan, draw: Draw, stagnation: Stagnation, step:
     newest: list[Counts] = [
         group for group in run.ledger.groups(phase.name, before_step=step) if group.step == step - 1
     ]
-    draw.update(newest)
-    stagnation.add(newest)
+    stagnation.add(newest, draw.update(newest))
     stagnation.exhausted = draw.exhausted()
     verdict = stagnation.verdict()
     draw.freeze(verdict.frozen)

@@ -22,7 +22,7 @@ import numpy as np
 
 from dppo_mcore.practice.ledger import BufferRow
 from dppo_mcore.practice.ledger_rollouts import Group
-from dppo_mcore.practice.stagnation import Stagnation
+from dppo_mcore.practice.stagnation import Stagnation, Standing
 
 Status = Literal["kept", "intractable", "mastered", "anchor", "over-cap"]
 DRAWN = ("kept", "intractable", "anchor")
@@ -48,6 +48,8 @@ class _Entry:
     status: str
     trials: float
     successes: float
+    weight: float = 1.0
+    """How many samples it stood for when it was drawn last."""
 
 
 def practice_weight(trials: float, successes: float) -> float:
@@ -132,7 +134,11 @@ class Draw:
         self._epoch = -1
         self._queue: deque[str] = deque()
         self._frozen: frozenset[str] = frozenset()
+        self._weights: dict[str, float] = {}
         self._live: Counter[str] = Counter(e.objective for e in self._entries.values() if self._drawn(e))
+        self._began = Counter(self._live)
+        self._left: dict[str, float] = {}
+        """By objective, the success of what was mastered on the way, summed up."""
 
     @property
     def epoch(self) -> int:
@@ -181,6 +187,7 @@ class Draw:
                 deferred[name] = None
             else:
                 chosen[name] = None
+                self._entries[name].weight = self._weights.get(name, 1.0)
         self._queue.extendleft(reversed(deferred))
         return list(chosen)
 
@@ -189,12 +196,21 @@ class Draw:
         names = (name for name in self._queue if self._drawn(self._entries[name]))
         return list(islice(dict.fromkeys(names), prompts))
 
-    def update(self, groups: Iterable[Group]) -> None:
-        """Re-score samples by their newest groups."""
+    def update(self, groups: Iterable[Group]) -> dict[str, Standing]:
+        """Re-score samples by their newest groups; returns, by sample, what each group stood for when it was drawn.
+
+        A sample that is drawn seldom stands for more of them. One that is mastered leaves with the success of its last
+        group under a uniform prior: luck had its part in that group. Under random sampling each stands for itself.
+        """
+        standings: dict[str, Standing] = {}
+        live, left = Counter(self._live), dict(self._left)
         for group in groups:
             entry = self._entries.get(group.sample_id)
             if entry is None:
                 continue
+            task, began = entry.objective, self._began[entry.objective]
+            if began and not self._random:
+                standings[group.sample_id] = Standing(entry.weight, live[task] / began, left.get(task, 0.0) / began)
             entry.trials = OLD_GROUP_WEIGHT * entry.trials + group.trials
             entry.successes = OLD_GROUP_WEIGHT * entry.successes + group.successes
             if entry.status == "anchor" or self._random:
@@ -204,7 +220,11 @@ class Draw:
                 entry.status = "mastered"
             elif group.successes > 0:
                 entry.status = "kept"
-            self._live[entry.objective] += (entry.status in DRAWN) - before
+            now = entry.status in DRAWN
+            self._live[task] += now - before
+            if before and not now:
+                self._left[task] = self._left.get(task, 0.0) + (group.successes + 1) / (group.trials + 2)
+        return standings
 
     def replay(
         self, groups: Iterable[Group], prompts: int, stagnation: Stagnation | None = None, *, steps: int | None = None
@@ -219,9 +239,9 @@ class Draw:
             by_step.setdefault(group.step, []).append(group)
         for step in range(1 + max(by_step, default=-1) if steps is None else steps):
             self.draw(prompts)
-            self.update(by_step.get(step, ()))
+            standings = self.update(by_step.get(step, ()))
             if stagnation is not None:
-                stagnation.add(by_step.get(step, ()))
+                stagnation.add(by_step.get(step, ()), standings)
                 stagnation.exhausted = self.exhausted()
                 self.freeze(stagnation.verdict().frozen)
 
@@ -249,5 +269,6 @@ class Draw:
         weights_N = np.array([practice_weight(self._entries[n].trials, self._entries[n].successes) for n in order])
         edges_N = np.cumsum(weights_N) / weights_N.sum() * len(order)
         edges_N[-1] = len(order)
+        self._weights |= zip(order, (weights_N.mean() / weights_N).tolist(), strict=True)
         hits_N = np.searchsorted(edges_N, np.arange(len(order)) + rng.random(), side="right")
         return [order[i] for i in rng.permutation(np.minimum(hits_N, len(order) - 1))]

@@ -9,7 +9,7 @@ UNITS: dict[str, str] = {
     # RL
     "rl/reward": "mean reward",
     "rl/success": "share of answers",
-    "rl/success/*": "share of answers of an objective",
+    "rl/success/*": "share of an objective's samples",
     "rl/loss": "loss",
     "rl/ratio": "mean ratio new/old",
     "rl/clip_fraction_low": "share of tokens",

@@ -156,8 +156,7 @@ def test_the_same_seed_draws_the_same_and_replay_goes_on() -> None:
         names = first.draw(16)
         new = [Group(number, n, by_id[n].objective, 8, int(rng.integers(0, 9))) for n in sorted(names)]
         groups += new
-        first.update(new)
-        stagnation.add(new)
+        stagnation.add(new, first.update(new))
         first.freeze(stagnation.verdict().frozen)
         if stagnation.verdict().stop:
             break
@@ -180,8 +179,7 @@ def test_a_step_without_groups_is_replayed_too() -> None:
         names = first.draw(8)
         new = [] if number in (1, 3) else [Group(number, n, "counting", 8, 3) for n in names]
         groups += new
-        first.update(new)
-        stagnation.add(new)
+        stagnation.add(new, first.update(new))
     again, other = Draw(samples, rows, seed=0), Stagnation(max_steps=4)
     again.replay(groups, 8, other, steps=4)
     assert again.draw(8) == first.draw(8)

@@ -61,7 +61,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 
 
 def test_an_undeclared_metric_is_an_error() -> None:
-    assert unit_of("rl/success/counting") == "share of answers of an objective"
+    assert unit_of("rl/success/counting") == "share of an objective's samples"
     with pytest.raises(KeyError, match="metric_names"):
         unit_of("rl/sucess")
 
