@@ -232,6 +232,8 @@ def _check_training(config: Config, world_size: int) -> None:
         )
     if config.rl.group_size < 2 and config.run.mode != "sft-only":
         raise ConfigError(f"group_size: {config.rl.group_size} answers give no advantage, at least 2 are needed")
+    if config.model.attention_backend == "flash" and config.data.share_prompts and config.run.mode != "sft-only":
+        raise ConfigError("attention_backend: flash knows no shared prompts; use auto or flex, or share_prompts off")
     if config.rollout.rollout_partial:
         _check_partial(config)
     if config.model.freeze_vision and config.model.freeze_merger and config.model.freeze_language:

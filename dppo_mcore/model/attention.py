@@ -161,13 +161,14 @@ class AttentionPlan(PackedSeqParams):
 def plan_attention(segments_L: Tensor, branches_L: Tensor, backend: str = "auto") -> AttentionPlan:
     """The plan of one packed row from its segment and branch numbers [L]."""
     segments = find_segments(segments_L, branches_L)
-    name = resolve_backend(backend, shared=any(segment.responses for segment in segments))
+    # A prompt with one response is plain causal attention.
+    name = resolve_backend(backend, shared=any(len(segment.responses) > 1 for segment in segments))
     plan = AttentionPlan(qkv_format="sbhd", segments=segments, backend=name)
     where = device.device()
     if name == "flex":
         plan.block_mask = block_mask(segments, segments_L.to(where), branches_L.to(where))
     elif name == "flash":
-        bounds = [0, *(segment.prompt[1] for segment in segments)]
+        bounds = [0, *((segment.prompt, *segment.responses)[-1][1] for segment in segments)]
         plan.cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=where)
         plan.max_seqlen = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     return plan

@@ -193,5 +193,5 @@ def _mask_file(path: str) -> np.ndarray:
         return np.load(path) > 0
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "JPEG", "WEBP")) as image:
         return np.asarray(image.convert("L")) > 0

@@ -70,7 +70,7 @@ class CohortCache:
         """`prompts` and `prefixes` are spans [start, end) of the prefilled row, per prompt and per answer."""
         lengths = [end - start for start, end in prompts]
         longest = max(end - start for start, end in prefixes)
-        self.used = longest
+        self.used = self._longest = longest
         self.rows = len(prefixes)
         some = next(iter(recorded.keys.values()))
         self._prompt_mask = _pad_mask(lengths, left=False, like=some)
@@ -90,10 +90,10 @@ class CohortCache:
         self.used += 1
 
     def reserve(self, budget: int) -> None:
-        """Make room for one more token; doubles, up to `budget` slots."""
+        """Make room for one more token; doubles, up to `budget` slots behind the longest prefix."""
         if self.used < self._slots:
             return
-        slots = min(max(FIRST_SLOTS, 2 * self._slots), max(budget, self.used + 1))
+        slots = min(max(FIRST_SLOTS, 2 * self._slots), max(self._longest + budget, self.used + 1))
         grown = slots - self._slots
         for layer, pair in self._own.items():
             self._own[layer] = tuple(F.pad(x, (0, 0, 0, grown)) for x in pair)  # type: ignore[assignment]
@@ -127,18 +127,18 @@ class CohortCache:
         own_k, own_v = self._own[layer]
         own_k[:, :, self.used], own_v[:, :, self.used] = k_BGD, v_BGD
         seen = self.used + 1
-        q_BGRD = (q_BHD * scale).view(rows, kv, heads // kv, width)
-        own = _part(q_BGRD, own_k[:, :, :seen], own_v[:, :, :seen], self._own_mask)
-        prompt = self._against_prompts(layer, q_BGRD)
+        q_BGRD = q_BHD.view(rows, kv, heads // kv, width)
+        own = _part(q_BGRD, own_k[:, :, :seen], own_v[:, :, :seen], self._own_mask, scale)
+        prompt = self._against_prompts(layer, q_BGRD, scale)
         return _merge(own, prompt).to(q_BHD.dtype).view(rows, heads, width)
 
-    def _against_prompts(self, layer: int, q_BGRD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _against_prompts(self, layer: int, q_BGRD: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """All answers of a prompt as one block of queries; results back in the answers' order."""
         rows, kv, share, width = q_BGRD.shape
         groups, per_group = self._grid.shape
         gathered = q_BGRD if self._regular else q_BGRD.index_select(0, self._grid.view(-1))
         blocks = gathered.view(groups, per_group, kv, share, width).transpose(1, 2).reshape(groups, kv, -1, width)
-        out, top, total = _part(blocks, *self._prompt[layer], self._prompt_mask)
+        out, top, total = _part(blocks, *self._prompt[layer], self._prompt_mask, scale)
 
         def back(x: Tensor) -> Tensor:
             by_row = x.view(groups, kv, per_group, share, -1).transpose(1, 2).reshape(groups * per_group, kv, share, -1)
@@ -163,18 +163,26 @@ class CohortCache:
         self._place = torch.tensor(place, device=device)
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Unnormalised attention [.., N, D] of scaled queries [.., N, D], with each query's top score and sum [.., N, 1].
+def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unnormalised attention [.., N, D] of queries [.., N, D], with each query's top score and sum [.., N, 1].
 
-    Products run in the cache's type, everything else in fp32.
+    The cache's type holds what is multiplied; scores and all that follows are fp32, as in the trainer's kernels.
     """
-    scores = torch.matmul(q, k.transpose(-1, -2)).float()
+    scores = _scores(q, k).mul_(scale)
     if mask is not None:
         scores[..., : mask.shape[-1]] += mask
     top = scores.amax(-1, keepdim=True)
     # A prefix-less answer among others with prefixes sees at least its own newest key, so `top` is finite.
     weights = scores.sub_(top).exp_()
     return torch.matmul(weights.to(v.dtype), v).float(), top, weights.sum(-1, keepdim=True)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T [.., N, K] in fp32: scores of real models are far larger than what 16 bits can tell apart in a softmax."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        rows, keys = q.flatten(0, -3), k.flatten(0, -3)
+        return torch.bmm(rows, keys.transpose(-1, -2), out_dtype=torch.float32).view(*q.shape[:-1], k.shape[-2])
+    return torch.matmul(q.float(), k.float().transpose(-1, -2))
 
 
 def _merge(first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -53,7 +53,7 @@ class Encoder:
         if self._tower is None:
             return None
         key = media_key(prompt)
-        if key in self._cache:
+        if self._all_hold(key):
             self._cache.move_to_end(key)
             return self._cache[key]
         if any(item.patches is None for item in prompt.media):
@@ -64,6 +64,18 @@ class Encoder:
         self._keep(key, embeddings_MH)
         return embeddings_MH
 
+    def _all_hold(self, key: tuple[Any, ...]) -> bool:
+        """Whether every tensor-parallel rank has it: they encode together, and one may have decoded other pixels."""
+        from megatron.core import parallel_state
+
+        held = key in self._cache
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return held
+        all_hold = torch.tensor(held, dtype=torch.int32, device=next(self._tower.parameters()).device)
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_reduce(all_hold, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(all_hold)
+
     def clear(self) -> None:
         """Forget everything; needed whenever the tower has learnt."""
         self._cache.clear()
@@ -72,6 +84,8 @@ class Encoder:
     def _keep(self, key: tuple[Any, ...], embeddings_MH: Tensor) -> None:
         if embeddings_MH.nbytes > self._limit:
             return
+        if key in self._cache:
+            self._held -= self._cache.pop(key).nbytes
         self._cache[key] = embeddings_MH
         self._held += embeddings_MH.nbytes
         while self._held > self._limit:

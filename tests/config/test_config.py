@@ -75,6 +75,7 @@ WRONG: list[tuple[int, list[str], str]] = [
     (1, ["--temperature", "0"], "temperature"),
     (1, ["--top-p", "1.5"], "top_p"),
     (1, ["--group-size", "1"], "group_size"),
+    (1, ["--attention-backend", "flash"], "attention_backend"),
     (8, ["--global-batch-size", "4"], "global_batch_size"),
     (8, ["--prompts-per-step", "4"], "prompts_per_step"),
     (1, ["--updates-per-batch", "5"], "updates_per_batch"),

@@ -99,6 +99,14 @@ def test_flash_refuses_shared_prompts_by_its_flag() -> None:
         plan_attention(*rows((4, (2, 1))), "flash")
 
 
+def test_flash_takes_single_answers_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without shared prompts a packed answer is one response behind its prompt: plain causal attention."""
+    monkeypatch.setattr(attention, "_flash_varlen", lambda: object())
+    plan = plan_attention(*rows((4, (2,)), (3, ()), (5, (1,))), "flash")
+    assert plan.cu_seqlens is not None
+    assert plan.cu_seqlens.tolist() == [0, 6, 9, 15] and plan.max_seqlen == 6
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_block_tables_cover_what_is_visible(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block is touched exactly where a pair in it is visible, and a full one is visible throughout."""
