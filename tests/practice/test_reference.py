@@ -33,8 +33,8 @@ PIXEL = st.integers(2, 200)
 
 
 def ascending(number: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
-    """Boxes with two different corners."""
-    sides = st.tuples(number, number).filter(lambda pair: pair[1] - pair[0] > 1e-3)
+    """Boxes that are not thinner than a few cells of the raster that rewards look at."""
+    sides = st.tuples(number, number).filter(lambda pair: pair[1] - pair[0] > 0.01)
     return st.tuples(sides, sides).map(lambda xy: [xy[0][0], xy[1][0], xy[0][1], xy[1][1]])
 
 
@@ -85,7 +85,7 @@ def test_all_objectives_are_covered() -> None:
 
 
 @pytest.mark.parametrize("objective", SAMPLES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data(), structure=st.sampled_from(get_args(Structure)))
 def test_the_gold_answer_written_out_is_right(objective: str, structure: Structure, data: st.DataObject) -> None:
     sample = data.draw(SAMPLES[objective])
