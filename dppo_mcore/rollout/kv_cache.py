@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from dppo_kernels.products import mixed
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T [.., N, K] in fp32: scores of real models are far larger than what 16 bits can tell apart in a softmax."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if mixed(q, k):
         rows, keys = q.flatten(0, -3), k.flatten(0, -3)
         return torch.bmm(rows, keys.transpose(-1, -2), out_dtype=torch.float32).view(*q.shape[:-1], k.shape[-2])
     return torch.matmul(q.float(), k.float().transpose(-1, -2))

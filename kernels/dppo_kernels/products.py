@@ -24,7 +24,7 @@ def logits_into(out_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
     """out = hidden x weight^T."""
     if hidden_CH.dtype == weight_VH.dtype == out_CV.dtype:
         torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
-    elif _mixed(hidden_CH, weight_VH):
+    elif mixed(hidden_CH, weight_VH):
         torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     else:
         wide_CH = hidden_CH.to(out_CV.dtype)
@@ -36,7 +36,7 @@ def hidden_grad_into(out_CH: Tensor, dlogits_CV: Tensor, weight_VH: Tensor) -> N
     """out = dlogits x weight."""
     if dlogits_CV.dtype == weight_VH.dtype == out_CH.dtype:
         torch.mm(dlogits_CV, weight_VH, out=out_CH)
-    elif _mixed(dlogits_CV, weight_VH):
+    elif mixed(dlogits_CV, weight_VH):
         torch.mm(dlogits_CV, weight_VH, out_dtype=out_CH.dtype, out=out_CH)
     else:
         out_CH.zero_()
@@ -51,7 +51,7 @@ def weight_grad_into(sum_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor, add:
             sum_VH.addmm_(dlogits_CV.t(), hidden_CH)
         else:
             torch.mm(dlogits_CV.t(), hidden_CH, out=sum_VH)
-    elif _mixed(dlogits_CV, hidden_CH):
+    elif mixed(dlogits_CV, hidden_CH):
         if not add:
             torch.mm(dlogits_CV.t(), hidden_CH, out_dtype=sum_VH.dtype, out=sum_VH)
         elif _accumulates_in_place(sum_VH.device, hidden_CH.dtype):
@@ -69,7 +69,7 @@ def weight_grad_into(sum_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor, add:
                 torch.mm(part_CV.t(), wide_CH, out=sum_VH[rows])
 
 
-def _mixed(left: Tensor, right: Tensor) -> bool:
+def mixed(left: Tensor, right: Tensor) -> bool:
     """Whether the library multiplies these 16-bit operands into a wide result."""
     return left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
 
